@@ -1,0 +1,177 @@
+"""Save and load: our own files carry their recipe; foreign ones are read through the paper's KEYS.
+
+A paper that reads foreign files has `KEYS` (layout -> KeyMap) and `settings(state, layout)`, which tells the options of
+the constructor from the shapes of a converted state dict.
+"""
+
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .build import create_model, from_recipe, resolve
+from .ctx import Place
+from .errors import BadCheckpoint, FormariumError
+from .keys import Converted, KeyMap, State
+from .model import Model
+from .registry import find
+
+NESTED = ("state_dict", "model", "model_state_dict", "params_ema", "params", "ema", "module")
+
+
+def write_atomically(path: str | Path, write: Any) -> None:
+    """Calls write(temporary path), then moves the file to `path`: a killed process leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(name)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Writes weights and recipe to a safetensors file; `load` gives the same model back."""
+    recipe = getattr(model, "recipe", None)
+    if recipe is None:
+        raise FormariumError("this model has no recipe, so a file could not say how to build it; "
+                             "make it with create_model(name, **changes)")
+    from formarium import __version__
+
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    metadata = {"format": "pt", "formarium": __version__, "recipe": json.dumps(recipe)}
+    write_atomically(path, lambda name: save_file(state, name, metadata))
+
+
+def load(source: str | Path | Mapping[str, Tensor], name: str | None = None, *, layout: str | None = None,
+         **options: Any) -> nn.Module:
+    """A model from our own file, or from a foreign file or state dict of the system `name`. Returned in eval mode.
+
+    layout: one of the paper's KEYS, where several read it; options: constructor options that the tensors cannot tell
+    (heads) or that you want otherwise. Every tensor must find its place, or BadCheckpoint says which did not.
+    """
+    if isinstance(source, Mapping):
+        state, recipe = dict(source), None
+    else:
+        state, recipe = read(source)
+    if recipe is not None:
+        if name is not None and name.split("/")[0] != recipe["name"].split("/")[0]:
+            raise BadCheckpoint(f"{source} holds {recipe['name']}, not {name}; leave the name out")
+        model = from_recipe({**recipe, "changes": recipe["changes"] | options})
+        _fill(model, state, f"{source} ({recipe['name']})")
+        return model.eval()
+    if name is None:
+        raise BadCheckpoint(f"{_called(source)} carries no recipe of ours: say whose it is, load(..., name='swin')")
+    return _load_foreign(state, name.split("/")[0], layout, options).eval()
+
+
+def _called(source: object) -> str:
+    return "the state dict" if isinstance(source, Mapping) else str(source)
+
+
+def _load_foreign(state: State, system: str, layout: str | None, options: dict[str, Any]) -> nn.Module:
+    paper = find(system).module
+    layouts: dict[str, KeyMap] = getattr(paper, "KEYS", {})
+    if not layouts:
+        raise BadCheckpoint(f"{system} reads its own files only: its paper has no released weights that we know of")
+    if layout is not None and layout not in layouts:
+        raise BadCheckpoint(f"{system} has no layout {layout!r}; there are: {', '.join(layouts)}")
+    tried = {n: m.convert(state, options) for n, m in layouts.items() if layout in (None, n)}
+    best = min(tried, key=lambda n: len(tried[n].unmatched))
+    converted = tried[best]
+    if converted.unmatched:
+        raise BadCheckpoint(_mismatch(system, best, state, converted))
+    try:
+        told = paper.settings(converted.state, best)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise BadCheckpoint(f"{system}: the file has no tensor for {error}, so its settings cannot be told "
+                            f"({len(state)} tensors, layout {best!r})") from None
+    merged = told | options
+    if layouts[best].makes == "part":
+        dim = merged.pop("dim")
+        model = paper.PART.but(**{k: resolve(k, v) for k, v in merged.items()})(dim, Place())
+    else:
+        model = create_model(system, **merged)
+    # again, now that the settings are known: some rules need them (heads)
+    _fill(model, layouts[best].convert(state, merged).state, f"the {best} layout of {system}")
+    return model
+
+
+def _mismatch(system: str, layout: str, state: State, converted: Converted) -> str:
+    stray = converted.unmatched
+    return (f"not a checkpoint of {system}: {len(stray)} of {len(state)} tensors have no place in its nearest layout "
+            f"{layout!r}, e.g. {', '.join(stray[:3])}")
+
+
+def _fill(model: nn.Module, state: State, what: str) -> None:
+    own = model.state_dict()
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own and not _is_copy(k, state, own)]
+    shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or extra or shapes:
+        said = [f"{len(rows)} {word}: {'; '.join(rows[:3])}" for word, rows in
+                (("missing", missing), ("unknown", extra), ("of another shape", shapes)) if rows]
+        raise BadCheckpoint(f"{what} does not match the model it describes: {'. '.join(said)}")
+    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise BadCheckpoint(f"{what} holds NaN or infinity in {len(bad)} tensors, e.g. {bad[0]}")
+    model.load_state_dict({k: state[k] for k in own})
+
+
+def _is_copy(name: str, state: State, own: Mapping[str, Tensor]) -> bool:
+    """Is this tensor, which the model has no place for, equal to one that it has? So files hold tied weights."""
+    tensor = state[name]
+    return any(k in own and t.shape == tensor.shape and t.equal(tensor) for k, t in state.items() if k != name)
+
+
+def read(path: str | Path) -> tuple[State, dict[str, Any] | None]:
+    """The tensors of a .safetensors, .pth/.pt/.bin (weights only) or .npz file, and the recipe if it is ours."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadCheckpoint(f"no file {path}")
+    with path.open("rb") as f:
+        head = f.read(16)
+    if not head:
+        raise BadCheckpoint(f"{path} is empty")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {k: torch.from_numpy(arrays[k]) for k in arrays.files}, None
+        if head[:2] == b"PK" or head[:1] == b"\x80":
+            return _unwrap(torch.load(path, map_location="cpu", weights_only=True), path), None
+        with safe_open(path, framework="pt") as f:
+            recipe = (f.metadata() or {}).get("recipe")
+            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(recipe) if recipe else None  # noqa: SIM118
+    except pickle.UnpicklingError as error:
+        asked = str(error).splitlines()[0]
+        raise BadCheckpoint(f"{path} is a pickle that wants to run more than tensors need; refused ({asked})") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BadCheckpoint(f"{path} is damaged, truncated or not a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def _unwrap(content: Any, path: Path) -> State:
+    """The state dict inside a training checkpoint: under `model`, `state_dict`, ..., with `module.` cut off."""
+    while isinstance(content, Mapping):
+        inner = next((content[k] for k in NESTED if isinstance(content.get(k), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not state:
+        raise BadCheckpoint(f"{path} holds no state dict")
+    if all(k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    return state

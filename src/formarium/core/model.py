@@ -1,0 +1,69 @@
+"""What every model of the house answers, whatever its domain."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .ctx import Ctx
+
+
+class Feature(NamedTuple):
+    """A feature map (B, C, H, W) and the pixels between two of its cells."""
+
+    map: Float[Tensor, "b c h w"]
+    stride: int
+
+
+class FeatureInfo(NamedTuple):
+    channels: int
+    stride: int
+
+
+class Model(nn.Module):
+    """batch -> embed -> tokens, ctx -> encode -> tokens, ctx -> head -> answer.
+
+    `recipe` says how the model was made ({"name", "changes"}); `create_model` writes it, files carry it.
+    """
+
+    recipe: dict[str, Any]
+
+    def embed(self, batch: Tensor) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        raise TypeError(f"{type(self).__name__} must define embed")
+
+    def encode(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        raise TypeError(f"{type(self).__name__} must define encode")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations; the gradients are the same."""
+        for module in self.modules():
+            if hasattr(module, "checkpointing"):
+                module.checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must leave alone beyond the vectors (norms, biases): tables, tokens."""
+        return {f"{path}.{name}" if path else name
+                for path, module in self.named_modules() for name in getattr(module, "undecayed", ())
+                if isinstance(getattr(module, name), nn.Parameter)}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two groups for an optimizer: matrices with weight decay; vectors, tables and tokens without."""
+        spared = self.no_weight_decay()
+
+        def decays(name: str, p: nn.Parameter) -> bool:
+            return p.ndim > 1 and name not in spared
+
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        groups: Iterable[tuple[bool, float]] = ((True, weight_decay), (False, 0.0))
+        return [{"params": [p for n, p in named if decays(n, p) is yes], "weight_decay": wd} for yes, wd in groups]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model; tied ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def blocks(model: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
+    """Path and module of every sub-module of a type, in order."""
+    return ((path, m) for path, m in model.named_modules() if isinstance(m, kind))

@@ -1,0 +1,127 @@
+"""DenseFormer: Enhancing Information Flow in Transformers via Depth Weighted Averaging
+(Pagliardini, Mohtashami, Fleuret, Jaggi, NeurIPS 2024), arXiv 2402.02622.
+
+New: after each block, a weighted average of its output and of all earlier outputs, embedding included, goes on (DWA):
+Y_i = sum_{j <= i} alpha_ij X_j, X_{i+1} = B_{i+1}(Y_i). The weights are free scalars, started at the identity.
+Dilation k: block i averages over j = i, i-k, i-2k, ... only; period p: only every p-th block averages.
+
+Decisions: a "block" is a layer (mixer and channel mixer). The average is taken over block outputs X, not over earlier
+averages, as the authors' code has it. Their code writes into one stacked buffer through a custom backward; here the
+history is a tuple, which is as much memory, and autograd does the rest.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...core.card import Card, Published
+from ...core.ctx import Ctx, Place
+from ...core.errors import DoesNotFit
+from ...core.keys import SAME, State, count, drop, keymap, rule
+from ...core.part import Part
+from ...core.spec import Spec, spec
+from ...parts.norm import LayerNorm
+from ...parts.position import Rotary
+from ...parts.residual import PreNorm
+from ..language.gpt import GPT
+from ..language.gpt import PRESETS as GPTS
+
+CARD = Card(
+    title="DenseFormer: Enhancing Information Flow in Transformers via Depth Weighted Averaging",
+    authors="Matteo Pagliardini, Amirkeivan Mohtashami, Francois Fleuret, Martin Jaggi",
+    venue="NeurIPS 2024",
+    arxiv="2402.02622",
+    year=2024,
+    code="https://github.com/epfml/DenseFormer",
+    licence="Apache-2.0",
+    kind="residual",
+    domain="language",
+    tags=("depth", "skip connections", "dense"),
+    claim="Averaging over depth lets a 48-block model reach the perplexity of much deeper ones, with less memory and time.",
+    variants={
+        "nano": Published(note="ours: gpt/nano with this residual scheme"),
+        "48": Published(params=378e6, input=(256,), note="48 blocks, dilation 1, period 1, OpenWebText2"),
+        "48_4x5": Published(params=378e6, input=(256,), note="48 blocks, dilation 4, period 5"),
+    },
+    hosts=("gpt/nano", "vit/nano"),
+)
+
+
+class DenseFormer(PreNorm):
+    """Pre-norm layers with a depth-weighted average after every `period`-th. State: the tokens, and the outputs so far."""
+
+    undecayed = ("alpha",)
+
+    def __init__(self, dim: int, place: Place, inner: Part, *, dilation: int = 1, period: int = 1,
+                 norm: Spec[nn.Module] = spec(LayerNorm), drop_path: float = 0.0,
+                 layer_scale: float | None = None) -> None:
+        super().__init__(dim, place, inner, norm=norm, drop_path=drop_path, layer_scale=layer_scale)
+        if dilation < 1 or period < 1:
+            raise DoesNotFit(f"dilation and period are 1 or more, got {dilation} and {period}")
+        self.dilation, self.block = dilation, place.index + 1  # the embedding is block 0
+        averages = place.ends_layer and self.block % period == 0
+        self.alpha = nn.Parameter(self._identity(self.block // dilation + 1)) if averages else None
+
+    @staticmethod
+    def _identity(n: int) -> Float[Tensor, "n"]:
+        alpha = torch.zeros(n)
+        alpha[-1] = 1.0
+        return alpha
+
+    def enter(self, x: Float[Tensor, "b n c"]) -> Any:
+        return x, (x,)
+
+    def forward(self, state: Any, ctx: Ctx) -> Any:
+        y, outputs = state
+        x = super().forward(y, ctx)
+        if not self.place.ends_layer:
+            return x, outputs
+        outputs = (*outputs, x)
+        if self.alpha is not None:  # Y_i = sum_j alpha_ij X_j over j = i modulo the dilation
+            x = sum(a * o for a, o in zip(self.alpha, outputs[self.block % self.dilation::self.dilation], strict=True))
+        return x, outputs
+
+    def leave(self, state: Any) -> Float[Tensor, "b n c"]:
+        return state[0]
+
+
+PART = spec(DenseFormer)
+
+PAPER = spec(GPT, vocab=50257, dim=768, depth=48, heads=12, context=256, bias=False,
+             position=spec(Rotary, interleaved=True))
+PRESETS = {
+    "nano": GPTS["nano"].but(residual=PART),
+    "48": PAPER.but(residual=PART),
+    "48_4x5": PAPER.but(residual=PART.but(dilation=4, period=5)),
+}
+
+FLAT = SAME.__class__(lambda t, o: [t[0][0]], lambda t, o: [t[0][None]])  # alphas are the weight of a Linear(n, 1)
+KEYS = {
+    "authors": keymap(  # experiments/models/denseformer.py with an average after every block
+        rule("transformer.wte.weight", "token.weight"),
+        drop("transformer.wpe.*", "rotary frequencies, recomputed"),
+        rule("transformer.h.{i}.0.ln_1.*", "stack.layers.{i}.mixer.norm.*"),
+        rule("transformer.h.{i}.0.attn.c_attn.*", "stack.layers.{i}.mixer.inner.qkv.*"),
+        rule("transformer.h.{i}.0.attn.c_proj.*", "stack.layers.{i}.mixer.inner.proj.*"),
+        rule("transformer.h.{i}.0.ln_2.*", "stack.layers.{i}.channel.norm.*"),
+        rule("transformer.h.{i}.0.mlp.c_fc.*", "stack.layers.{i}.channel.inner.fc1.*"),
+        rule("transformer.h.{i}.0.mlp.c_proj.*", "stack.layers.{i}.channel.inner.fc2.*"),
+        rule("transformer.ln_f.*", "norm.*"),
+        rule("weights.{i}.weight", "stack.layers.{i}.channel.alpha", FLAT),
+        rule("lm_head.weight", "head.weight"),
+    ),
+}
+
+
+def settings(state: State, layout: str) -> dict[str, Any]:
+    """Sizes, and the dilation from the lengths of the averages; heads leave no trace: a head size of 64 is taken."""
+    vocab, dim = state["token.weight"].shape
+    depth = count(state, "stack.layers.{i}.mixer.norm.weight")
+    lengths = [state[f"stack.layers.{i}.channel.alpha"].shape[0] for i in range(depth)]
+    fitting = [k for k in range(1, depth + 1) if lengths == [(i + 1) // k + 1 for i in range(depth)]]
+    head = state.get("head.weight")
+    return {"vocab": vocab, "dim": dim, "depth": depth, "heads": max(1, dim // 64), "bias": "norm.bias" in state,
+            "context": 1024, "position": spec(Rotary, interleaved=True), "tie": head is None or head.equal(state["token.weight"]),
+            "residual": PART.but(dilation=fitting[0])}

@@ -1,0 +1,108 @@
+"""The one place that chooses how softmax attention is computed. No part and no paper picks a kernel.
+
+Measured on a 2-core AVX2 machine (`benchmarks/attention.py` re-measures): fused SDPA wins from about 64 tokens up;
+below, writing the product out is faster; a sliding window pays from about 1,024 tokens up.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+EXPLICIT_TOKENS = 64  # windows of at most this many tokens are written out, on CPU
+BANDED_TOKENS = 1024  # sequences of at least this many tokens use the banded form of a sliding window
+
+
+def attend(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk m d"], v: Float[Tensor, "b hk m e"], *,
+           bias: Float[Tensor, "..."] | None = None, mask: Bool[Tensor, "..."] | None = None, causal: bool = False,
+           window: int | None = None, lengths: Sequence[int] | None = None,
+           scale: float | None = None) -> Float[Tensor, "b h n e"]:
+    """softmax(q k^T * scale + bias) v over the keys that may be seen.
+
+    bias: added to the scores; mask: True where a key may be seen; both broadcast to (B, heads, N, M).
+    causal: query i sees keys up to i + M - N (the sequences end together). window: it sees keys closer than this,
+    on both sides, or behind it if causal. lengths: tokens of each sequence of a packed row (B = 1); none sees another.
+    hk may divide h (grouped queries). scale: 1 / sqrt(d) unless given.
+    """
+    if lengths is not None:
+        return _packed(q, k, v, lengths, bias=bias, mask=mask, causal=causal, window=window, scale=scale)
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    n, m = q.shape[-2], k.shape[-2]
+    if window is not None and window >= max(n, m):
+        window = None
+    if window is not None and n == m >= BANDED_TOKENS and 4 * window <= n and bias is None and mask is None:
+        return _banded(q, k, v, window, causal, scale)
+    if window is not None or (causal and (n != m or mask is not None or bias is not None)):
+        if not (causal and window is None and n == 1):  # one new token sees every key
+            seen = visible(n, m, causal, window, q.device)
+            mask = seen if mask is None else mask & seen
+        causal = False
+    if n * m <= EXPLICIT_TOKENS**2 and not causal and q.device.type == "cpu":
+        return _explicit(q, k, v, bias, mask, scale)
+    if bias is not None and mask is not None:
+        bias, mask = bias.masked_fill(~mask, -math.inf), None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if bias is None else bias, is_causal=causal and n > 1,
+                                          scale=scale)
+
+
+def visible(n: int, m: int, causal: bool, window: int | None, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
+    """True where query i of n may see key j of m; the sequences end together."""
+    ahead = torch.arange(m, device=device) - (torch.arange(n, device=device)[:, None] + m - n)
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return seen if window is None else seen & (ahead.abs() < window)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None) -> Tensor:
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool, scale: float | None) -> Tensor:
+    """Exact sliding window in blocks: each block of queries sees its own block of keys and those within the window."""
+    b, h, n, d = q.shape
+    block = max(64, window // 2)
+    reach = math.ceil((window - 1) / block)  # blocks behind (and ahead) that a window can touch
+    blocks = math.ceil(n / block)
+    behind, ahead = reach * block, 0 if causal else reach * block
+
+    def spans(t: Tensor) -> Tensor:  # (B, H, N, D) -> (B*blocks, H, behind + block + ahead, D)
+        t = F.pad(t, (0, 0, behind, blocks * block - n + ahead)).unfold(2, behind + block + ahead, block)
+        return t.permute(0, 2, 1, 4, 3).reshape(b * blocks, h, -1, t.shape[3])
+
+    queries = F.pad(q, (0, 0, 0, blocks * block - n)).view(b, h, blocks, block, d)
+    queries = queries.transpose(1, 2).reshape(b * blocks, h, block, d)
+    offset = torch.arange(behind + block + ahead, device=q.device) - behind
+    away = offset - torch.arange(block, device=q.device)[:, None]  # key position minus query position
+    seen = (away.abs() < window) & (away <= 0 if causal else torch.ones_like(away, dtype=torch.bool))
+    place = offset + torch.arange(0, blocks * block, block, device=q.device)[:, None]
+    real = (place >= 0) & (place < n)  # (blocks, keys): not padding
+    own = torch.eye(block, behind + block + ahead, dtype=torch.bool, device=q.device).roll(behind, 1)
+    mask = (seen & real[:, None]) | own  # padded queries see themselves, so that no row is empty
+    mask = mask.repeat(b, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(queries, spans(k), spans(v), attn_mask=mask, scale=scale)
+    return out.view(b, blocks, h, block, -1).transpose(1, 2).reshape(b, h, blocks * block, -1)[:, :, :n]
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, bias: Tensor | None, mask: Tensor | None,
+            causal: bool, window: int | None, scale: float | None) -> Tensor:
+    """Sequence by sequence; those of equal length together."""
+    if q.shape[0] != 1 or sum(lengths) != q.shape[2] or bias is not None or mask is not None:
+        raise ValueError(f"packed attention takes one row of {sum(lengths)} tokens without bias or mask; "
+                         f"got {tuple(q.shape)}")
+    rows = [t.split(list(lengths), dim=2) for t in (q, k, v)]
+    out: list[Tensor] = [q] * len(lengths)
+    for length in set(lengths):
+        same = [i for i, n in enumerate(lengths) if n == length]
+        group = [torch.cat([row[i] for i in same]) for row in rows]
+        answers = attend(*group, causal=causal, window=window, scale=scale)
+        for i, answer in zip(same, answers.split(1), strict=True):
+            out[i] = answer
+    return torch.cat(out, dim=2)

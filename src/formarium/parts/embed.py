@@ -1,0 +1,116 @@
+"""From images to tokens."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..core.ctx import Ctx
+from ..core.errors import DoesNotFit
+from ..core.part import Resample
+from ..core.spec import Spec, spec
+from .norm import NoNorm
+from .position import AbsolutePosition, NoPosition
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """224 -> (224, 224); (224, 160) stays."""
+    h, w = (size, size) if isinstance(size, int) else size
+    return h, w
+
+
+def to_map(x: Float[Tensor, "b n c"], grid: tuple[int, ...], prefix: int = 0) -> Float[Tensor, "b c h w"]:
+    """Tokens after the prefix as a map; a view in channels-last memory."""
+    return x[:, prefix:].unflatten(1, grid).movedim(-1, 1)
+
+
+def to_tokens(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c"]:
+    """A map as tokens; free where the map is channels-last."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raises unless x is a batch of images (B, in_chans, H, W)."""
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise DoesNotFit(f"expected images (B, {in_chans}, H, W), got {tuple(x.shape)}; "
+                         "build the model with in_chans= for another number of channels")
+
+
+def check_multiple(size: tuple[int, int], step: tuple[int, int], what: str) -> None:
+    """Raises, with the nearest right sizes, where a size is not a positive multiple of `step`."""
+    if all(s >= p and s % p == 0 for s, p in zip(size, step, strict=True)):
+        return
+    low = [max(p, s // p * p) for s, p in zip(size, step, strict=True)]
+    high = [-(-s // p) * p for s, p in zip(size, step, strict=True)]
+    near = " or ".join(dict.fromkeys(f"{h}x{w}" for h, w in (low, high)))
+    raise DoesNotFit(f"{what} needs image sides that are multiples of {step[0]}x{step[1]}, got {size[0]}x{size[1]}; "
+                     f"the nearest: {near}")
+
+
+class PatchEmbed(Resample):
+    """Patches to tokens by one convolution (ViT, arXiv 2010.11929, Eq. 1), then class token, positions and norm.
+
+    img_size: the size that the positions are made for; None: no table, any multiple of `patch`.
+    pad: images that are no multiple get zeros to the right and below, instead of an error.
+    stem: a network before it, e.g. the ResNet of a hybrid, built as stem(in_chans), with `channels` and `stride`.
+    """
+
+    undecayed = ("cls",)
+
+    def __init__(self, in_chans: int, dim: int, *, patch: int | tuple[int, int] = 16,
+                 img_size: int | Sequence[int] | None = None, class_token: bool = False,
+                 position: Spec[AbsolutePosition] = spec(NoPosition), norm: Spec[nn.Module] = spec(NoNorm), pad: bool = False,
+                 stem: Spec[nn.Module] | None = None) -> None:
+        super().__init__()
+        self.in_chans, self.patch, self.pad = in_chans, pair(patch), pad
+        self.stem = None if stem is None else stem(in_chans)
+        channels, stride = (in_chans, 1) if self.stem is None else (int(self.stem.channels), int(self.stem.stride))
+        self.step = (self.patch[0] * stride, self.patch[1] * stride)
+        self.img_size = None if img_size is None else pair(img_size)
+        tokens = 0
+        if self.img_size is not None:
+            check_multiple(self.img_size, self.step, "patch embedding")
+            tokens = self.img_size[0] // self.step[0] * (self.img_size[1] // self.step[1])
+        self.proj = nn.Conv2d(channels, dim, self.patch, self.patch)
+        self.norm = norm(dim)
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.position = position(dim, tokens + int(class_token))
+
+    def forward(self, x: Float[Tensor, "b c h w"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        check_images(x, self.in_chans)
+        size = (x.shape[2], x.shape[3])
+        if self.img_size is not None and size != self.img_size:
+            raise DoesNotFit(f"built for images {self.img_size[0]}x{self.img_size[1]}, got {size[0]}x{size[1]}; "
+                             "resize them, or build the model with img_size=")
+        if self.pad:
+            x = F.pad(x, (0, -size[1] % self.step[1], 0, -size[0] % self.step[0]))
+        else:
+            check_multiple(size, self.step, "patch embedding")
+        x = self.proj(x if self.stem is None else self.stem(x))
+        ctx = replace(ctx, grid=(x.shape[2], x.shape[3]))
+        x = self.norm(to_tokens(x))
+        if self.cls is not None:
+            x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), dim=1)
+            ctx = replace(ctx, prefix=ctx.prefix + 1)
+        return self.position(x, ctx), ctx
+
+
+class ConvEmbed(Resample):
+    """Overlapping patches: one padded convolution with stride (PVT v2, PoolFormer). Takes images or tokens on a grid."""
+
+    def __init__(self, in_chans: int, dim: int, *, kernel: int = 3, stride: int = 2, padding: int = 1) -> None:
+        super().__init__()
+        self.in_chans, self.step = in_chans, (stride, stride)
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
+
+    def forward(self, x: Tensor, ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        if x.ndim == 3:
+            x = to_map(x, ctx.need_grid(self))
+        check_images(x, self.in_chans)
+        x = self.proj(x)
+        if not x.numel():
+            raise DoesNotFit("the image is too small: a convolution left no token")
+        return to_tokens(x), replace(ctx, grid=(x.shape[2], x.shape[3]))

@@ -1,0 +1,37 @@
+"""Normalisations on tokens (B, N, C). Called as norm(dim)."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+PARTS = {
+    "norm": {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm", "group_norm": "GroupNorm", "none": "NoNorm"},
+}
+
+
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, dim: int, *, eps: float = 1e-6, bias: bool = True) -> None:
+        super().__init__(dim, eps=eps, bias=bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps=eps)
+
+
+class GroupNorm(nn.Module):
+    """One group: mean and variance over all tokens and channels of a sample, scale and shift for each channel."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        return F.group_norm(x.transpose(1, 2), 1, self.weight, self.bias, self.eps).transpose(1, 2)
+
+
+class NoNorm(nn.Identity):
+    def __init__(self, dim: int) -> None:
+        super().__init__()

@@ -1,0 +1,111 @@
+"""Positions: added to the tokens once (AbsolutePosition), or working on the scores of every layer (ScorePosition)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..core.ctx import Ctx
+from ..core.errors import DoesNotFit
+
+PARTS = {
+    "position": {"learned": "LearnedPosition", "rotary": "Rotary", "none": "NoPosition"},
+}
+
+
+class AbsolutePosition(nn.Module):
+    """Changes the tokens once, where they are embedded. Built as position(dim, tokens)."""
+
+    undecayed: tuple[str, ...] = ()
+
+    def __init__(self, dim: int, tokens: int) -> None:
+        super().__init__()
+        self.dim, self.tokens = dim, tokens
+
+    def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+
+class ScorePosition(nn.Module):
+    """Works inside a mixer that forms scores of queries and keys. Built as position(head_dim, heads), one a layer."""
+
+    undecayed: tuple[str, ...] = ()
+
+    def __init__(self, head_dim: int, heads: int) -> None:
+        super().__init__()
+        self.head_dim, self.heads = head_dim, heads
+
+    def rotate(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], ctx: Ctx) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the same new tokens, changed by their positions."""
+        return q, k
+
+    def bias(self, n: int, m: int, ctx: Ctx) -> Float[Tensor, "b h n m"] | None:
+        """Added to the scores of the last n of m tokens."""
+        return None
+
+
+def positions(n: int, ctx: Ctx, device: torch.device) -> Float[Tensor, "b n"]:
+    """Where the n new tokens stand: coords if given, else counted on from the cache, afresh in each packed sequence."""
+    if ctx.coords is not None:
+        return ctx.coords[..., 0]
+    if ctx.lengths is not None:
+        return torch.cat([torch.arange(length, device=device) for length in ctx.lengths])[None]
+    start = 0 if ctx.cache is None else ctx.cache.length
+    return torch.arange(start, start + n, device=device)[None]
+
+
+class LearnedPosition(AbsolutePosition):
+    """One learned vector a place."""
+
+    undecayed = ("table",)
+
+    def __init__(self, dim: int, tokens: int, *, std: float = 0.02) -> None:
+        super().__init__(dim, tokens)
+        self.table = nn.Parameter(torch.empty(1, tokens, dim))
+        nn.init.trunc_normal_(self.table, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
+        if ctx.lengths is not None or ctx.coords is not None:
+            return x + self.table[0, positions(x.shape[1], ctx, x.device).long()]
+        start = 0 if ctx.cache is None else ctx.cache.length
+        if start + x.shape[1] > self.tokens:
+            raise DoesNotFit(f"learned positions for {self.tokens} tokens, got {start + x.shape[1]}; build the model with "
+                             "a longer context, or with position='rotary'")
+        return x + self.table[:, start:start + x.shape[1]]
+
+
+class NoPosition(AbsolutePosition):
+    """Nothing: the order is left to the mixer."""
+
+    def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
+        return x
+
+
+class Rotary(ScorePosition):
+    """Queries and keys turned by angles that grow with the position (RoFormer, Su et al. 2021, arXiv 2104.09864).
+
+    interleaved: neighbours (2i, 2i+1) are turned together, as in the paper; else i and i + d/2, as in LLaMA.
+    """
+
+    freqs: Tensor
+
+    def __init__(self, head_dim: int, heads: int, *, base: float = 10000.0, interleaved: bool = False) -> None:
+        super().__init__(head_dim, heads)
+        if head_dim % 2:
+            raise DoesNotFit(f"rotary positions turn pairs of channels: the head size must be even, got {head_dim}")
+        self.base, self.interleaved = base, interleaved
+        self.register_buffer("freqs", base ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
+
+    def rotate(self, q: Tensor, k: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
+        key = f"rotary {self.head_dim} {self.base} {self.interleaved}"
+        if key not in ctx.shared:  # the same for every layer of the stage
+            angle = positions(q.shape[2], ctx, q.device)[:, None, :, None] * self.freqs
+            ctx.shared[key] = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+        cos, sin = ctx.shared[key]
+        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.interleaved:
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

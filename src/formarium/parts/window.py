@@ -1,0 +1,55 @@
+"""Windows on a grid: cut tokens into them, put them back, and the bias of relative positions inside one."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+def to_windows(x: Float[Tensor, "b h w c"], window: tuple[int, int]) -> Float[Tensor, "b*n m c"]:
+    """(B, H, W, C) -> (B * windows, window area, C); H and W are multiples of the window."""
+    (p, q), (b, h, w, c) = window, x.shape
+    return x.view(b, h // p, p, w // q, q, c).transpose(2, 3).reshape(-1, p * q, c)
+
+
+def from_windows(x: Float[Tensor, "b*n m c"], window: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "b h w c"]:
+    """The inverse of `to_windows`."""
+    (p, q), (h, w) = window, grid
+    return x.view(-1, h // p, w // q, p, q, x.shape[-1]).transpose(2, 3).reshape(-1, h, w, x.shape[-1])
+
+
+def pad_to_windows(x: Float[Tensor, "b h w c"], window: tuple[int, int]) -> Float[Tensor, "b h2 w2 c"]:
+    """Zeros to the right and below, up to multiples of the window."""
+    right, below = -x.shape[2] % window[1], -x.shape[1] % window[0]
+    return F.pad(x, (0, 0, 0, right, 0, below)) if right or below else x
+
+
+def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int],
+               device: torch.device | None = None) -> Bool[Tensor, "n m m"]:
+    """For each window of a cyclically shifted grid: True where two tokens were neighbours before the shift."""
+    def region(size: int, step: int, by: int) -> Int[Tensor, "size"]:
+        i = torch.arange(size, device=device)
+        return (i >= size - step).int() + (i >= size - by).int() if by else torch.zeros_like(i).int()
+
+    rows, cols = (region(*a) for a in zip(grid, window, shift, strict=True))
+    regions = to_windows((3 * rows[:, None] + cols)[None, ..., None], window)[..., 0]
+    return regions[:, :, None] == regions[:, None, :]
+
+
+class RelativeBias(nn.Module):
+    """A learned number for each head and each offset inside a window (Swin, arXiv 2103.14030, Eq. 4)."""
+
+    undecayed = ("table",)
+    index: Tensor
+
+    def __init__(self, window: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        h, w = window
+        self.table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), heads))
+        nn.init.trunc_normal_(self.table, std=0.02, a=-0.04, b=0.04)
+        place = torch.cartesian_prod(torch.arange(h), torch.arange(w))
+        offset = place[:, None] - place + torch.tensor([h - 1, w - 1])
+        self.register_buffer("index", offset[..., 0] * (2 * w - 1) + offset[..., 1], persistent=False)
+
+    def forward(self) -> Float[Tensor, "heads m m"]:
+        return self.table[self.index.flatten()].view(*self.index.shape, -1).permute(2, 0, 1)

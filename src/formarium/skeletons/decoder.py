@@ -1,0 +1,85 @@
+"""A language decoder: token ids to the next token's logits, with cached generation."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..core.ctx import Cache, Ctx
+from ..core.errors import DoesNotFit
+from ..core.model import Model
+from ..core.spec import Spec, spec
+from ..parts.norm import LayerNorm
+from ..parts.position import AbsolutePosition
+from .stack import Stack
+
+
+class Decoder(Model):
+    """ids (B, N) -> embedding + position -> stack -> norm -> logits (B, N, vocab). No token sees a later one.
+
+    tie: the head uses the embedding's weights. context: the longest sequence it is built for.
+    """
+
+    def __init__(self, vocab: int, context: int, stack: Stack, *, position: Spec[AbsolutePosition],
+                 norm: Spec[nn.Module] = spec(LayerNorm), tie: bool = True) -> None:
+        super().__init__()
+        self.vocab, self.context = vocab, context
+        self.token = nn.Embedding(vocab, stack.dim)
+        nn.init.normal_(self.token.weight, std=0.02)
+        self.position = position(stack.dim, context)
+        self.stack = stack
+        self.norm = norm(stack.dim)
+        self.head = None if tie else nn.Linear(stack.dim, vocab, bias=False)
+        if self.head is not None:
+            nn.init.normal_(self.head.weight, std=0.02)
+
+    def embed(self, batch: Int[Tensor, "b n"], cache: Cache | None = None,
+              lengths: tuple[int, ...] | None = None) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        if batch.ndim != 2 or batch.is_floating_point():
+            raise DoesNotFit(f"expected token ids (B, N) of an integer type, got {tuple(batch.shape)} {batch.dtype}")
+        longest = max(lengths) if lengths else batch.shape[1] + (0 if cache is None else cache.length)
+        if longest > self.context:
+            raise DoesNotFit(f"built for {self.context} tokens, got {longest}; shorten the text or build with context=")
+        ctx = Ctx(cache=cache, lengths=lengths)
+        return self.position(self.token(batch), ctx), ctx
+
+    def encode(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        x, ctx = self.stack(x, ctx)
+        return self.norm(x), ctx
+
+    def forward(self, batch: Int[Tensor, "b n"], *, cache: Cache | None = None,
+                lengths: tuple[int, ...] | None = None) -> Float[Tensor, "b n v"]:
+        """cache: tokens already seen, extended in place. lengths: batch is one packed row of sequences of these lengths."""
+        x, ctx = self.encode(*self.embed(batch, cache, lengths))
+        if cache is not None:
+            cache.length += batch.shape[1]
+        return F.linear(x, self.token.weight if self.head is None else self.head.weight)
+
+    @torch.no_grad()
+    def generate(self, prompt: Int[Tensor, "b n"], tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+                 generator: torch.Generator | None = None) -> Int[Tensor, "b m"]:
+        """The prompt with `tokens` more: sampled, or the likeliest at temperature 0. Past the context, the window slides."""
+        return torch.cat([prompt, *self.stream(prompt, tokens, temperature, top_k, generator)], dim=1)
+
+    @torch.no_grad()
+    def stream(self, prompt: Int[Tensor, "b n"], tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               generator: torch.Generator | None = None) -> Iterator[Int[Tensor, "b 1"]]:
+        """The tokens of `generate`, one at a time."""
+        if prompt.shape[1] == 0:
+            raise DoesNotFit("generation needs a prompt of at least one token")
+        ids, cache, new = prompt[:, -self.context:], Cache(), prompt[:, -self.context:]
+        for _ in range(tokens):
+            if cache.length + new.shape[1] > self.context:  # full: start again from the last half
+                ids = ids[:, -max(1, self.context // 2):]
+                cache, new = Cache(), ids
+            logits = self(new, cache=cache)[:, -1]
+            if top_k is not None:
+                logits = logits.masked_fill(logits < logits.topk(min(top_k, self.vocab)).values[:, -1:], -torch.inf)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            ids = torch.cat((ids, new), dim=1)
+            yield new

@@ -1,0 +1,69 @@
+"""Layers of sublayers, each wrapped by a residual scheme."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..core.ctx import Ctx, Place
+from ..core.part import Part, Resample, Residual
+from ..core.spec import Spec
+
+Sublayers = Mapping[str, Spec[Part] | Sequence[Spec[Part]]]
+
+
+class Stack(nn.Module):
+    """`depth` layers; each holds the named sublayers in order, e.g. {"mixer": spec(Attention), "channel": spec(Mlp)}.
+
+    A sublayer given as several Specs takes turns: layer i gets number i modulo their count (shifted windows, hybrids).
+    resample: applied to the tokens first (patch merging between stages). place: the stack's first layer, with the depth
+    of the whole net.
+    """
+
+    def __init__(self, dim: int, depth: int, sublayers: Sublayers, residual: Spec[Residual], *,
+                 place: Place | None = None, resample: Resample | None = None) -> None:
+        super().__init__()
+        place = place or Place(depth=depth)
+        self.dim, self.depth, self.checkpointing = dim, depth, False
+        self.resample = resample
+        self.layers = nn.ModuleList()
+        for i in range(depth):
+            layer = nn.ModuleDict()
+            for j, (name, entry) in enumerate(sublayers.items()):
+                at = place._replace(layer=place.layer + i, index=i, sub=j, subs=len(sublayers))
+                part = entry if isinstance(entry, Spec) else entry[i % len(entry)]
+                layer[name] = residual(dim, at, part(dim, at))
+            self.layers.append(layer)
+
+    def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        x, ctx, _ = self.intermediates(x, ctx, ())
+        return x, ctx
+
+    def intermediates(self, x: Float[Tensor, "b n c"], ctx: Ctx, taps: Sequence[int]) -> tuple[Tensor, Ctx, list[Tensor]]:
+        """As forward, with the tokens after each of the layers `taps`."""
+        if self.resample is not None:
+            x, ctx = self.resample(x, ctx)
+        ctx = replace(ctx, shared={})  # values shared between layers must not leak into a stage of another width
+        if not self.layers:
+            return x, ctx, []
+        state, seen = self._end(0).enter(x), []
+        for i in range(self.depth):
+            if self.checkpointing and self.training:
+                state = checkpoint(self._layer, i, state, ctx, use_reentrant=False)
+            else:
+                state = self._layer(i, state, ctx)
+            if i in taps:
+                seen.append(self._end(i).leave(state))
+        return self._end(self.depth - 1).leave(state), ctx, seen
+
+    def _layer(self, i: int, state: Any, ctx: Ctx) -> Any:
+        for sublayer in self.layers[i].values():  # type: ignore[operator]
+            state = sublayer(state, ctx)
+        return state
+
+    def _end(self, i: int) -> Residual:
+        """The last sublayer of layer i: the one that knows how to enter and leave the state."""
+        return list(self.layers[i].values())[-1]  # type: ignore[operator, return-value]

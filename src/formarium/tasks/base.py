@@ -1,0 +1,73 @@
+"""What a task is: fixed data, a loss, a metric on the whole test set, and something to show."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.errors import BadData, DoesNotFit
+from ..core.model import Model
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """Where the data is from and how it is split, for the report."""
+
+    title: str
+    source: str
+    licence: str
+    sizes: dict[str, int]  # split -> samples (images, or predicted bytes)
+    note: str = ""
+
+
+class Task:
+    """Data, loss and metric of a job. Tasks never appear inside a model; models never inside a task.
+
+    A training batch is a function of (seed, step) alone, so every model sees the same data in the same order and a
+    resumed run goes on where it was.
+    """
+
+    name: str
+    metric: ClassVar[str]  # the key of `evaluate` that decides
+    higher_is_better: ClassVar[bool]
+    model_type: ClassVar[type[Model]]
+    domain: ClassVar[str]  # of the cards whose models fit
+    info: DataInfo
+
+    def model_options(self) -> dict[str, Any]:
+        """Options for `create_model` that make a model fit this data (classes, channels, image size, vocabulary)."""
+        raise TypeError(f"{type(self).__name__} must define model_options")
+
+    def train_batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one step."""
+        raise TypeError(f"{type(self).__name__} must define train_batch")
+
+    def loss(self, model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The training loss of a batch, a scalar."""
+        raise TypeError(f"{type(self).__name__} must define loss")
+
+    def evaluate(self, model: Model, split: str, batch_size: int = 256) -> dict[str, float]:
+        """Metrics over the whole split, the loss among them; raises if the samples counted are not the split's size."""
+        raise TypeError(f"{type(self).__name__} must define evaluate")
+
+    def example(self, batch_size: int) -> Tensor:
+        """An input of the right shape, for measuring cost."""
+        raise TypeError(f"{type(self).__name__} must define example")
+
+    def check_fits(self, model: torch.nn.Module, name: str) -> None:
+        if not isinstance(model, self.model_type):
+            raise DoesNotFit(f"the task {self.name} needs a model of the domain {self.domain!r}; {name} is another; "
+                             f"see: formarium list --domain {self.domain}")
+
+    def check_counted(self, counted: int, split: str) -> None:
+        if counted != self.info.sizes[split]:
+            raise BadData(f"{self.name}: {counted} samples of the {split} split were evaluated, "
+                          f"it has {self.info.sizes[split]}")
+
+
+def order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of n samples in an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
