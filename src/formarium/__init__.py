@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .core.registry import add_module, card, list_models, list_parts
     from .core.spec import Spec, spec
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .errors import FormariumError, unknown
 from .model import Model
-from .registry import PART_KINDS, find, list_parts, split_name, named_parts
+from .registry import PART_KINDS, find, list_parts, named_parts, split_name
 from .spec import Spec, from_json, spec, to_json
 
 
@@ -22,17 +22,25 @@ def _parse_options(text: str, whole: str) -> dict[str, Any]:
         if not equals or not key.strip().isidentifier():
             raise FormariumError(f"cannot read {item!r} in {whole!r}: write NAME:option=value,option=value, "
                                  "a part with options as residual=denseformer(dilation=4,period=5)")
-        options[key.strip()] = _parse_value(value.strip())
+        options[key.strip()] = _parse_value(value.strip(), key.strip())
     return options
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, option: str) -> Any:
     if text.startswith("(") and text.endswith(")"):
-        return tuple(_parse_value(t.strip()) for t in _split(text[1:-1]))
+        return tuple(_parse_value(t.strip(), option) for t in _split(text[1:-1]))
+    if _part_kind(option):
+        return text  # "none" is the name of a part
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return {"true": True, "false": False, "none": None}.get(text, text)
+
+
+def _part_kind(option: str) -> str:
+    """The kind of part that an option of this name takes; "" if none."""
+    kind = option.removesuffix("s")
+    return kind if kind in PART_KINDS else ""
 
 
 def _split(text: str) -> list[str]:
@@ -58,13 +66,15 @@ def part(kind: str, text: str) -> Spec[Any]:
         found = find(name).module.PART
     else:
         raise unknown(kind, name, list_parts(kind))
+    if paren and not rest.rstrip().endswith(")"):
+        raise FormariumError(f"cannot read {text!r}: a parenthesis is not closed")
     return found.but(**_resolve_all(_parse_options(rest.rstrip().removesuffix(")"), text))) if paren else found
 
 
 def resolve(option: str, value: Any) -> Any:
     """Part names become Specs where the option's name is a kind of part ("mixer") or several ("mixers")."""
-    kind = option.removesuffix("s")
-    if kind in PART_KINDS:
+    kind = _part_kind(option)
+    if kind:
         if isinstance(value, str):
             return part(kind, value)
         if isinstance(value, list | tuple):

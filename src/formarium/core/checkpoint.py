@@ -4,10 +4,11 @@ A paper that reads foreign files has `KEYS` (layout -> KeyMap) and `settings(sta
 the constructor from the shapes of a converted state dict.
 """
 
+import inspect
 import json
-import os
 import pickle
-import tempfile
+import re
+import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from .errors import BadCheckpoint, FormariumError
 from .keys import Converted, KeyMap, State
 from .model import Model
 from .registry import find
+from .spec import Spec
 
 NESTED = ("state_dict", "model", "model_state_dict", "params_ema", "params", "ema", "module")
 
@@ -33,13 +35,15 @@ def write_atomically(path: str | Path, write: Any) -> None:
     """Calls write(temporary path), then moves the file to `path`: a killed process leaves the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        write(name)
-        os.replace(name, path)
+        temporary.touch()
+        usual = temporary.stat().st_mode  # safetensors makes files that nobody else may read
+        write(str(temporary))
+        temporary.chmod(usual)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -96,18 +100,34 @@ def _load_foreign(state: State, system: str, layout: str | None, options: dict[s
         raise BadCheckpoint(_mismatch(system, best, state, converted))
     try:
         told = paper.settings(converted.state, best)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise BadCheckpoint(f"{system}: the file has no tensor for {error}, so its settings cannot be told "
-                            f"({len(state)} tensors, layout {best!r})") from None
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise BadCheckpoint(f"{system}: a tensor is missing or of another shape, so the settings cannot be told "
+                            f"({error}; {len(state)} tensors, layout {best!r})") from None
     merged = told | options
     if layouts[best].makes == "part":
         dim = merged.pop("dim")
         model = paper.PART.but(**{k: resolve(k, v) for k, v in merged.items()})(dim, Place())
     else:
-        model = create_model(system, **merged)
+        name, changes = _nearest_preset(system, merged)
+        model = create_model(name, **changes)
     # again, now that the settings are known: some rules need them (heads)
     _fill(model, layouts[best].convert(state, merged).state, f"the {best} layout of {system}")
     return model
+
+
+def _nearest_preset(system: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The preset that differs least from these options, and the options that differ from it."""
+    def changes(variant: str) -> dict[str, Any]:
+        has = presets[variant]
+        return {k: v for k, v in options.items() if k not in settled(has) or settled(has)[k] != v}
+
+    def settled(preset: Spec[Any]) -> dict[str, Any]:
+        defaults = {k: p.default for k, p in inspect.signature(preset.target).parameters.items()}
+        return defaults | dict(preset.options)
+
+    presets = find(system).module.PRESETS
+    best = min(presets, key=lambda variant: len(changes(variant)))
+    return f"{system}/{best}", changes(best)
 
 
 def _mismatch(system: str, layout: str, state: State, converted: Converted) -> str:
@@ -154,12 +174,23 @@ def read(path: str | Path) -> tuple[State, dict[str, Any] | None]:
             return _unwrap(torch.load(path, map_location="cpu", weights_only=True), path), None
         with safe_open(path, framework="pt") as f:
             recipe = (f.metadata() or {}).get("recipe")
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(recipe) if recipe else None  # noqa: SIM118
+            return {k: f.get_tensor(k) for k in f.keys()}, _recipe(recipe) if recipe else None  # noqa: SIM118
+    except BadCheckpoint:
+        raise
     except pickle.UnpicklingError as error:
-        asked = str(error).splitlines()[0]
-        raise BadCheckpoint(f"{path} is a pickle that wants to run more than tensors need; refused ({asked})") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f" ({asked[1]})" if asked else ""
+        raise BadCheckpoint(f"{path} is a pickle that wants to run more than tensors need{what}; refused") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError,
+            zipfile.BadZipFile) as error:
         raise BadCheckpoint(f"{path} is damaged, truncated or not a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def _recipe(text: str) -> dict[str, Any]:
+    recipe = json.loads(text)
+    if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) and isinstance(recipe.get("changes"), dict):
+        return recipe
+    raise ValueError(f"its recipe is not one: {text[:60]}")
 
 
 def _unwrap(content: Any, path: Path) -> State:

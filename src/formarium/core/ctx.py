@@ -60,9 +60,15 @@ class Ctx:
     cache: Cache | None = None
     shared: dict[str, Any] = field(default_factory=dict)
 
-    def need_grid(self, who: object) -> tuple[int, ...]:
-        """The grid, for a part that works on neighbours; raises where the tokens no longer form one."""
+    def need_grid(self, who: object, *, prefix: bool = False) -> tuple[int, ...]:
+        """The grid, for a part that works on neighbours; raises where the tokens no longer form one.
+
+        prefix: `who` can take tokens before the grid.
+        """
         if self.grid is None:
             raise DoesNotFit(f"{type(who).__name__} needs tokens on a full grid; these are a sequence, or were dropped, "
                              "merged or sorted before it")
+        if self.prefix and not prefix:
+            raise DoesNotFit(f"{type(who).__name__} needs tokens on a grid and nothing before it, here are {self.prefix} "
+                             "class or register tokens; build the model without them (pool='mean')")
         return self.grid

@@ -24,6 +24,10 @@ class BadCheckpoint(FormariumError, ValueError):
     """A file that is damaged, foreign, or belongs to another architecture."""
 
 
+class Stopped(FormariumError):
+    """Ctrl-C, after the state was saved."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UnknownName:
     """An error for `name` that suggests the nearest of `known`, or lists them where none is near."""
     known = sorted(set(known))

@@ -112,9 +112,13 @@ class KeyMap:
                 if not targets:
                     out.ignored[key] = r.why
                     continue
-                changed = (r.op.back if back else r.op.there)(tensors, options)
+                try:
+                    changed = (r.op.back if back else r.op.there)(tensors, options)
+                except (RuntimeError, IndexError):  # not of the shape that the rule is for
+                    out.unmatched += names
+                    continue
                 out.state |= {_fill(t, match.groupdict()): c for t, c in zip(targets, changed, strict=True)}
-        out.unmatched = list(remaining)
+        out.unmatched += remaining
         return out
 
 

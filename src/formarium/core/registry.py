@@ -73,7 +73,8 @@ class Entry:
         if self.path.is_relative_to(PACKAGE):
             return importlib.import_module(self.module_name)
         spec = importlib.util.spec_from_file_location(self.module_name, self.path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = sys.modules[self.module_name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -93,7 +94,7 @@ def add_module(path: str | Path) -> str:
         raise FormariumError(f"no file {path}: --module takes the path of a Python file with a CARD")
     name = path.stem
     entry = Entry(name, path, f"formarium_user.{name}")
-    if _CARD.search(path.read_text(encoding="utf-8")) is None:
+    if entry.card is None:  # one that is not made of literals raises here, before it is among the systems
         raise FormariumError(f"{path} has no 'CARD = Card(...)' at the start of a line; see docs/architecture.md")
     taken = _built_in().get(name)
     if taken is not None:
@@ -156,7 +157,7 @@ def split_name(name: str) -> tuple[Entry, str]:
 
 def list_models(pattern: str = "*", *, kind: str | None = None, domain: str | None = None, tag: str | None = None,
                 text: str | None = None) -> list[str]:
-    """Names "system/variant" that match: a glob over the names, the card's kind, domain, a tag, a text in title or claim."""
+    """Names "system/variant" that match: a glob, the card's kind, domain, a tag, a text in title, claim or tags."""
     names = []
     for entry in systems().values():
         c = entry.card

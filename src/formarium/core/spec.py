@@ -99,7 +99,12 @@ def from_json(value: Any) -> Any:
         module, _, name = value["spec"].partition(":")
         if module.split(".")[0] not in ("formarium", "formarium_user"):
             raise DoesNotFit(f"the recipe names {value['spec']!r}, which is not a part of Formarium")
-        target = getattr(importlib.import_module(module), name)
+        try:
+            target = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise DoesNotFit(f"the recipe names {value['spec']!r}, which this version of Formarium has not") from None
+        if not isinstance(target, type) or target.__module__ != module:  # a file must not name just any callable
+            raise DoesNotFit(f"the recipe names {value['spec']!r}, which is not a part of Formarium")
         return spec(target, **{k: from_json(v) for k, v in value["options"].items()})
     if isinstance(value, dict) and "tuple" in value:
         return tuple(from_json(v) for v in value["tuple"])

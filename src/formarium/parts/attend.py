@@ -16,21 +16,21 @@ EXPLICIT_TOKENS = 64  # windows of at most this many tokens are written out, on 
 BANDED_TOKENS = 1024  # sequences of at least this many tokens use the banded form of a sliding window
 
 
-def attend(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk m d"], v: Float[Tensor, "b hk m e"], *,
+def attend(q: Float[Tensor, "*b h n d"], k: Float[Tensor, "*b hk m d"], v: Float[Tensor, "*b hk m e"], *,
            bias: Float[Tensor, "..."] | None = None, mask: Bool[Tensor, "..."] | None = None, causal: bool = False,
            window: int | None = None, lengths: Sequence[int] | None = None,
-           scale: float | None = None) -> Float[Tensor, "b h n e"]:
+           scale: float | None = None) -> Float[Tensor, "*b h n e"]:
     """softmax(q k^T * scale + bias) v over the keys that may be seen.
 
-    bias: added to the scores; mask: True where a key may be seen; both broadcast to (B, heads, N, M).
+    bias: added to the scores; mask: True where a key may be seen; both broadcast to (*B, heads, N, M).
     causal: query i sees keys up to i + M - N (the sequences end together). window: it sees keys closer than this,
     on both sides, or behind it if causal. lengths: tokens of each sequence of a packed row (B = 1); none sees another.
     hk may divide h (grouped queries). scale: 1 / sqrt(d) unless given.
     """
     if lengths is not None:
         return _packed(q, k, v, lengths, bias=bias, mask=mask, causal=causal, window=window, scale=scale)
-    if k.shape[1] != q.shape[1]:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if k.shape[-3] != q.shape[-3]:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], dim=-3) for t in (k, v))
     n, m = q.shape[-2], k.shape[-2]
     if window is not None and window >= max(n, m):
         window = None
@@ -45,8 +45,13 @@ def attend(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b hk m d"], v: Float[T
         return _explicit(q, k, v, bias, mask, scale)
     if bias is not None and mask is not None:
         bias, mask = bias.masked_fill(~mask, -math.inf), None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if bias is None else bias, is_causal=causal and n > 1,
-                                          scale=scale)
+    seen = mask if bias is None else bias
+    if q.ndim > 4:  # the fused kernels take four axes
+        seen = None if seen is None else seen.expand(*q.shape[:-1], m).flatten(0, -4)
+        flat = (t.flatten(0, -4) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(*flat, attn_mask=seen, is_causal=causal and n > 1, scale=scale)
+        return out.unflatten(0, q.shape[:-3])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and n > 1, scale=scale)
 
 
 def visible(n: int, m: int, causal: bool, window: int | None, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
@@ -57,9 +62,10 @@ def visible(n: int, m: int, causal: bool, window: int | None, device: torch.devi
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float | None) -> Tensor:
-    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+    # k.contiguous(): matmul would copy a strided k transposed, which takes twice as long
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.contiguous().transpose(-2, -1)
     if bias is not None:
-        scores = scores + bias
+        scores += bias
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v

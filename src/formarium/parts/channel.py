@@ -12,13 +12,20 @@ PARTS = {
 }
 
 
-def linear(in_features: int, out_features: int, *, bias: bool = True, std: float = 0.02) -> nn.Linear:
-    """A linear layer as Transformers start it: weights from a truncated normal, bias zero."""
+def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer that starts at Xavier's uniform weights and zero bias: right at any width."""
     layer = nn.Linear(in_features, out_features, bias=bias)
-    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.xavier_uniform_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def restart_linears(model: nn.Module, std: float | None) -> None:
+    """All linear layers from a truncated normal, as many papers at widths of 400 to 1,000 have it; None: left alone."""
+    for module in model.modules() if std is not None else ():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
 
 
 class Mlp(Part):

@@ -62,8 +62,8 @@ class PatchEmbed(Resample):
 
     def __init__(self, in_chans: int, dim: int, *, patch: int | tuple[int, int] = 16,
                  img_size: int | Sequence[int] | None = None, class_token: bool = False,
-                 position: Spec[AbsolutePosition] = spec(NoPosition), norm: Spec[nn.Module] = spec(NoNorm), pad: bool = False,
-                 stem: Spec[nn.Module] | None = None) -> None:
+                 position: Spec[AbsolutePosition] = spec(NoPosition), norm: Spec[nn.Module] = spec(NoNorm),
+                 pad: bool = False, stem: Spec[nn.Module] | None = None) -> None:
         super().__init__()
         self.in_chans, self.patch, self.pad = in_chans, pair(patch), pad
         self.stem = None if stem is None else stem(in_chans)
@@ -107,10 +107,12 @@ class ConvEmbed(Resample):
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
 
     def forward(self, x: Tensor, ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
-        if x.ndim == 3:
+        if x.ndim == 3 and ctx.grid is not None:
             x = to_map(x, ctx.need_grid(self))
         check_images(x, self.in_chans)
+        least = self.proj.kernel_size[0] - 2 * int(self.proj.padding[0])
+        if min(x.shape[2:]) < least:
+            raise DoesNotFit(f"the image is too small: a convolution needs at least {least}x{least} here, "
+                             f"got {x.shape[2]}x{x.shape[3]}")
         x = self.proj(x)
-        if not x.numel():
-            raise DoesNotFit("the image is too small: a convolution left no token")
         return to_tokens(x), replace(ctx, grid=(x.shape[2], x.shape[3]))

@@ -26,7 +26,7 @@ def causal_linear_attention(
     Within a chunk the scores are written out under a triangular mask; what lies before the chunk comes from the running
     sum of k v^T. The denominator is carried as one more column of v, so e = d + 1.
     """
-    b, h, n, f = q.shape
+    n = q.shape[2]
     v = F.pad(v, (0, 1), value=1.0)
     if n == 1:
         added = k.transpose(-2, -1) @ v

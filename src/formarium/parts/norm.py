@@ -23,13 +23,16 @@ class RMSNorm(nn.RMSNorm):
 class GroupNorm(nn.Module):
     """One group: mean and variance over all tokens and channels of a sample, scale and shift for each channel."""
 
+    across_tokens = True  # so a decoder refuses it
+
     def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
-        return F.group_norm(x.transpose(1, 2), 1, self.weight, self.bias, self.eps).transpose(1, 2)
+        # layer_norm over both axes: group_norm wants channels first, and the tokens would come back strided
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[1:], eps=self.eps), self.weight)
 
 
 class NoNorm(nn.Identity):

@@ -1,11 +1,14 @@
 """Positions: added to the tokens once (AbsolutePosition), or working on the scores of every layer (ScorePosition)."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..core.ctx import Ctx
 from ..core.errors import DoesNotFit
+from ..core.spec import Spec, spec
 
 PARTS = {
     "position": {"learned": "LearnedPosition", "rotary": "Rotary", "none": "NoPosition"},
@@ -41,6 +44,14 @@ class ScorePosition(nn.Module):
     def bias(self, n: int, m: int, ctx: Ctx) -> Float[Tensor, "b h n m"] | None:
         """Added to the scores of the last n of m tokens."""
         return None
+
+
+def seat(position: Spec[Any], mixer: Spec[Any]) -> tuple[Spec[Any], Spec[AbsolutePosition]]:
+    """Where a position works: (mixer, position) with a ScorePosition handed to the mixer, which must take one."""
+    if issubclass(position.target, AbsolutePosition):  # type: ignore[arg-type]
+        return mixer, position
+    why = f"{position.name} works on the scores of attention; take position='learned' or 'none'"
+    return mixer.require(why, position=position), spec(NoPosition)
 
 
 def positions(n: int, ctx: Ctx, device: torch.device) -> Float[Tensor, "b n"]:
@@ -86,19 +97,17 @@ class Rotary(ScorePosition):
     interleaved: neighbours (2i, 2i+1) are turned together, as in the paper; else i and i + d/2, as in LLaMA.
     """
 
-    freqs: Tensor
-
     def __init__(self, head_dim: int, heads: int, *, base: float = 10000.0, interleaved: bool = False) -> None:
         super().__init__(head_dim, heads)
         if head_dim % 2:
             raise DoesNotFit(f"rotary positions turn pairs of channels: the head size must be even, got {head_dim}")
         self.base, self.interleaved = base, interleaved
-        self.register_buffer("freqs", base ** (-torch.arange(0, head_dim, 2) / head_dim), persistent=False)
 
     def rotate(self, q: Tensor, k: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor]:
         key = f"rotary {self.head_dim} {self.base} {self.interleaved}"
         if key not in ctx.shared:  # the same for every layer of the stage
-            angle = positions(q.shape[2], ctx, q.device)[:, None, :, None] * self.freqs
+            freqs = self.base ** (-torch.arange(0, self.head_dim, 2, device=q.device) / self.head_dim)  # always float32
+            angle = positions(q.shape[2], ctx, q.device)[:, None, :, None] * freqs
             ctx.shared[key] = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
         cos, sin = ctx.shared[key]
         return self._turn(q, cos, sin), self._turn(k, cos, sin)

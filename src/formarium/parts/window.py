@@ -6,16 +6,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-def to_windows(x: Float[Tensor, "b h w c"], window: tuple[int, int]) -> Float[Tensor, "b*n m c"]:
-    """(B, H, W, C) -> (B * windows, window area, C); H and W are multiples of the window."""
+def to_windows(x: Float[Tensor, "b h w c"], window: tuple[int, int],
+               shift: tuple[int, int] = (0, 0)) -> Float[Tensor, "b*n m c"]:
+    """(B, H, W, C) -> (B * windows, window area, C); H and W are multiples of the window.
+
+    shift: the windows lie this many rows and columns further, around the edges of the grid.
+    """
     (p, q), (b, h, w, c) = window, x.shape
+    if any(shift):  # one gather: roll copies once an axis, and its backward pass takes several times as long
+        place = torch.arange(h * w, device=x.device).view(1, h, w, 1).roll((-shift[0], -shift[1]), (1, 2))
+        return x.flatten(1, 2).index_select(1, to_windows(place, window).flatten()).view(-1, p * q, c)
     return x.view(b, h // p, p, w // q, q, c).transpose(2, 3).reshape(-1, p * q, c)
 
 
-def from_windows(x: Float[Tensor, "b*n m c"], window: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "b h w c"]:
+def from_windows(x: Float[Tensor, "b*n m c"], window: tuple[int, int], grid: tuple[int, int],
+                 shift: tuple[int, int] = (0, 0)) -> Float[Tensor, "b h w c"]:
     """The inverse of `to_windows`."""
-    (p, q), (h, w) = window, grid
-    return x.view(-1, h // p, w // q, p, q, x.shape[-1]).transpose(2, 3).reshape(-1, h, w, x.shape[-1])
+    (p, q), (h, w), c = window, grid, x.shape[-1]
+    if any(shift):
+        place = from_windows(torch.arange(h * w, device=x.device).view(-1, p * q, 1), window, grid).roll(shift, (1, 2))
+        return x.view(-1, h * w, c).index_select(1, place.flatten()).view(-1, h, w, c)
+    return x.view(-1, h // p, w // q, p, q, c).transpose(2, 3).reshape(-1, h, w, c)
 
 
 def pad_to_windows(x: Float[Tensor, "b h w c"], window: tuple[int, int]) -> Float[Tensor, "b h2 w2 c"]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,8 +12,7 @@ from ..core.errors import DoesNotFit
 from ..core.model import Feature, FeatureInfo, Model
 from ..core.part import Resample, Residual
 from ..core.spec import Spec, spec
-from ..parts.channel import linear
-from ..parts.embed import to_map
+from ..parts.embed import pair, to_map
 from ..parts.norm import LayerNorm
 from .stack import Stack, Sublayers
 
@@ -30,16 +30,19 @@ class Stage(NamedTuple):
 class Backbone(Model):
     """embed -> stages -> norm -> pool -> head.
 
-    embed: a Resample with `step`, the pixels between two tokens. pool: "token" takes the first token, "mean" the mean
-    over the grid. num_classes: 0 gives the pooled features. pool_first: pool before the final norm, not after.
+    embed: a Resample with `in_chans` and `step`, the pixels between two tokens. img_size: what it is built for.
+    pool: "token" takes the first token, "mean" the mean over the grid. num_classes: 0 gives the pooled features.
+    pool_first: pool before the final norm, not after.
     """
 
-    def __init__(self, embed: Resample, stages: Sequence[Stage], *, norm: Spec[nn.Module] = spec(LayerNorm),
-                 num_classes: int = 1000, pool: str = "mean", pool_first: bool = False) -> None:
+    def __init__(self, embed: Resample, stages: Sequence[Stage], *, img_size: int | Sequence[int],
+                 norm: Spec[nn.Module] = spec(LayerNorm), num_classes: int = 1000, pool: str = "mean",
+                 pool_first: bool = False) -> None:
         super().__init__()
         if pool not in ("token", "mean"):
             raise DoesNotFit(f"pool is 'token' or 'mean', not {pool!r}")
         self.embedding, self.pool, self.pool_first = embed, pool, pool_first
+        self.img_size = pair(img_size)
         depth = sum(s.depth for s in stages)
         built, layer, before = [], 0, 0
         for i, s in enumerate(stages):
@@ -53,13 +56,19 @@ class Backbone(Model):
         self.head: nn.Module
         self.reset_classifier(num_classes)
 
+    def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Float[Tensor, "b c h w"]:
+        return torch.randn(batch, *(shape or (self.embedding.in_chans, *self.img_size)))  # type: ignore[misc]
+
     def reset_classifier(self, num_classes: int) -> None:
         """A new linear head for `num_classes` classes; 0: none, the model answers with the pooled features."""
         if num_classes < 0:
             raise DoesNotFit(f"num_classes is 0 (features) or more, not {num_classes}")
         self.num_classes = num_classes
         old = next(self.norm.parameters(), None)
-        head = linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if isinstance(head, nn.Linear):
+            nn.init.trunc_normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
         self.head = head if old is None else head.to(old.device, old.dtype)
 
     @property
@@ -84,7 +93,7 @@ class Backbone(Model):
         for stage in self.stages:
             taps = self._taps() if len(self.stages) == 1 else [stage.depth - 1]
             x, ctx, seen = stage.intermediates(x, ctx, taps)  # type: ignore[operator]
-            maps += [to_map(t, ctx.need_grid(self), ctx.prefix) for t in seen]
+            maps += [to_map(t, ctx.need_grid(self, prefix=True), ctx.prefix) for t in seen]
         return [Feature(m, info.stride) for m, info in zip(maps, self.feature_info, strict=True)]
 
     def embed(self, batch: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n c"], Ctx]:

@@ -34,11 +34,20 @@ class Decoder(Model):
         self.head = None if tie else nn.Linear(stack.dim, vocab, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+        for module in self.modules():
+            if getattr(module, "across_tokens", False):
+                raise DoesNotFit(f"{type(module).__name__} does not fit here: in a language decoder no token may see a "
+                                 "later one, and it takes statistics over all of them")
+
+    def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Int[Tensor, "b n"]:
+        return torch.randint(self.vocab, (batch, *(shape or (self.context,))))
 
     def embed(self, batch: Int[Tensor, "b n"], cache: Cache | None = None,
               lengths: tuple[int, ...] | None = None) -> tuple[Float[Tensor, "b n c"], Ctx]:
-        if batch.ndim != 2 or batch.is_floating_point():
-            raise DoesNotFit(f"expected token ids (B, N) of an integer type, got {tuple(batch.shape)} {batch.dtype}")
+        if batch.ndim != 2 or batch.dtype not in (torch.int64, torch.int32):
+            raise DoesNotFit(f"expected token ids (B, N), int64 or int32, got {tuple(batch.shape)} {batch.dtype}")
+        if lengths and (batch.shape[0] != 1 or batch.shape[1] != sum(lengths)):
+            raise DoesNotFit(f"lengths={lengths} describe one row (1, {sum(lengths)}), got {tuple(batch.shape)}")
         longest = max(lengths) if lengths else batch.shape[1] + (0 if cache is None else cache.length)
         if longest > self.context:
             raise DoesNotFit(f"built for {self.context} tokens, got {longest}; shorten the text or build with context=")
@@ -52,7 +61,7 @@ class Decoder(Model):
     def forward(self, batch: Int[Tensor, "b n"], *, cache: Cache | None = None,
                 lengths: tuple[int, ...] | None = None) -> Float[Tensor, "b n v"]:
         """cache: tokens already seen, extended in place. lengths: batch is one packed row of sequences of these lengths."""
-        x, ctx = self.encode(*self.embed(batch, cache, lengths))
+        x = self.encode(*self.embed(batch, cache, lengths))[0]
         if cache is not None:
             cache.length += batch.shape[1]
         return F.linear(x, self.token.weight if self.head is None else self.head.weight)
@@ -60,7 +69,7 @@ class Decoder(Model):
     @torch.no_grad()
     def generate(self, prompt: Int[Tensor, "b n"], tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
                  generator: torch.Generator | None = None) -> Int[Tensor, "b m"]:
-        """The prompt with `tokens` more: sampled, or the likeliest at temperature 0. Past the context, the window slides."""
+        """The prompt with `tokens` more: sampled, or the likeliest at temperature 0. Past the context half is kept."""
         return torch.cat([prompt, *self.stream(prompt, tokens, temperature, top_k, generator)], dim=1)
 
     @torch.no_grad()

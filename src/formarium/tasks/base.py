@@ -1,5 +1,8 @@
 """What a task is: fixed data, a loss, a metric on the whole test set, and something to show."""
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,9 +56,11 @@ class Task:
         """Metrics over the whole split, the loss among them; raises if the samples counted are not the split's size."""
         raise TypeError(f"{type(self).__name__} must define evaluate")
 
-    def example(self, batch_size: int) -> Tensor:
-        """An input of the right shape, for measuring cost."""
-        raise TypeError(f"{type(self).__name__} must define example")
+    def show(self, model: Model) -> dict[str, Any]:
+        """Something a person can look at, JSON: {"kind": "images", "images": [PNG in base64], "truth": [...],
+        "predicted": [...], "confidence": [...]} or {"kind": "text", "prompt": "...", "text": "..."}; the same samples
+        for every model."""
+        raise TypeError(f"{type(self).__name__} must define show")
 
     def check_fits(self, model: torch.nn.Module, name: str) -> None:
         if not isinstance(model, self.model_type):
@@ -70,4 +75,22 @@ class Task:
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
     """The order of n samples in an epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one training step, on the CPU; neighbouring seeds and steps have nothing in common."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[torch.device]:
+    """Eval mode without gradients; afterwards the mode is what it was. Gives the device of the model."""
+    before = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next((p.device for p in model.parameters()), torch.device("cpu"))
+    finally:
+        model.train(before)

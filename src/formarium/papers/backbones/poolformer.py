@@ -22,8 +22,8 @@ from ...core.keys import LINEAR_AS_CONV, State, count, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Identity
-from ...parts.channel import Mlp
-from ...parts.embed import ConvEmbed, pair, to_map, to_tokens
+from ...parts.channel import Mlp, restart_linears
+from ...parts.embed import ConvEmbed, to_map, to_tokens
 from ...parts.norm import GroupNorm, LayerNorm
 from ...parts.residual import PreNorm
 from ...skeletons.backbone import Backbone, Stage
@@ -69,7 +69,7 @@ class Pooling(Part):
         self.size = size
 
     def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
-        grid = to_map(x, ctx.need_grid(self))
+        grid = to_map(x.contiguous(), ctx.need_grid(self))  # channels-last, where pooling is several times faster
         pooled = F.avg_pool2d(grid, self.size, 1, self.size // 2, count_include_pad=False)
         return to_tokens(pooled) - x
 
@@ -77,6 +77,7 @@ class Pooling(Part):
 class MetaFormer(Backbone):
     """images (B, in_chans, H, W) of any size -> logits (B, num_classes). Four stages, each with its token mixer.
 
+    init_std: of the linear layers, the authors' 0.02; None: Xavier, which small widths need.
     mixers: one name or Spec for all stages, or one each, e.g. ("pooling", "pooling", "attention", "attention").
     """
 
@@ -84,21 +85,23 @@ class MetaFormer(Backbone):
                  dims: tuple[int, ...] = (64, 128, 320, 512), depths: tuple[int, ...] = (2, 2, 6, 2),
                  mixers: Spec[Part] | tuple[Spec[Part], ...] = spec(Pooling), channel: Spec[Part] = spec(Mlp),
                  norm: Spec[nn.Module] = spec(GroupNorm), residual: Spec[Residual] = spec(PreNorm),
-                 layer_scale: float = 1e-5, stride: int = 4, drop_path: float = 0.0, pool_first: bool = False) -> None:
+                 layer_scale: float = 1e-5, stride: int = 4, drop_path: float = 0.0, pool_first: bool = False,
+                 init_std: float | None = 0.02) -> None:
         each = (mixers,) * len(dims) if isinstance(mixers, Spec) else mixers
         if not len(each) == len(depths) == len(dims):
             raise DoesNotFit(f"{len(dims)} stages (dims) need as many depths and mixers, got {len(depths)} and {len(each)}")
-        pair(img_size)
         residual = residual.offer(norm=norm, drop_path=drop_path, layer_scale=layer_scale)
-        stages = [Stage(d, n, {"mixer": m.offer(heads=max(1, d // 32)), "channel": channel}, residual, spec(ConvEmbed) if i else None)
+        stages = [Stage(d, n, {"mixer": m.offer(heads=max(1, d // 32)), "channel": channel}, residual,
+                        spec(ConvEmbed) if i else None)
                   for i, (d, n, m) in enumerate(zip(dims, depths, each, strict=True))]
         stem = ConvEmbed(in_chans, dims[0], kernel=2 * stride - 1, stride=stride, padding=stride // 2)
-        super().__init__(stem, stages, norm=spec(LayerNorm) if pool_first else norm, num_classes=num_classes,
-                         pool_first=pool_first)
+        super().__init__(stem, stages, img_size=img_size, norm=spec(LayerNorm) if pool_first else norm,
+                         num_classes=num_classes, pool_first=pool_first)
+        restart_linears(self, init_std)
 
 
 PRESETS = {
-    "nano": spec(MetaFormer, dims=(48, 96), depths=(2, 2), stride=2, layer_scale=1.0, img_size=28),
+    "nano": spec(MetaFormer, dims=(48, 96), depths=(2, 2), stride=2, layer_scale=1.0, img_size=28, init_std=None),
     "s12": spec(MetaFormer),
     "s24": spec(MetaFormer, depths=(4, 4, 12, 4)),
     "s36": spec(MetaFormer, depths=(6, 6, 18, 6), layer_scale=1e-6),

@@ -26,7 +26,7 @@ from ...core.part import Part, Resample, Residual
 from ...core.spec import Spec, spec
 from ...parts.attend import attend
 from ...parts.attention import head_dim, join_heads, split_heads
-from ...parts.channel import Mlp, linear
+from ...parts.channel import Mlp, linear, restart_linears
 from ...parts.embed import PatchEmbed, pair
 from ...parts.norm import LayerNorm
 from ...parts.residual import PreNorm
@@ -96,22 +96,19 @@ class WindowAttention(Part):
         shift = self.shift((h, w))
         x = pad_to_windows(x.unflatten(1, (h, w)), self.window)
         padded = (x.shape[1], x.shape[2])
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), (1, 2))
-        q, k, v = split_heads(self.qkv(to_windows(x, self.window)), 3, self.heads)
-        x = join_heads(attend(q, k, v, bias=self._scores_bias(padded, shift, x)))
-        x = from_windows(self.proj(x), self.window, padded)
-        if any(shift):
-            x = x.roll(shift, (1, 2))
-        return x[:, :h, :w].flatten(1, 2)
+        q, k, v = split_heads(self.qkv(to_windows(x, self.window, shift)), 3, self.heads)
+        bias = self._scores_bias(padded, shift, x)
+        if bias.ndim == 4:  # one for each window: an axis of the batch apart, so that it need not be repeated
+            q, k, v = (t.unflatten(0, (-1, len(bias))) for t in (q, k, v))
+        x = self.proj(join_heads(attend(q, k, v, bias=bias).flatten(0, -4)))
+        return from_windows(x, self.window, padded, shift)[:, :h, :w].flatten(1, 2)
 
     def _scores_bias(self, grid: tuple[int, int], shift: tuple[int, int], x: Tensor) -> Tensor:
-        """(1, heads, M*M, M*M), or with a window axis repeated over the batch where a shift needs its mask."""
-        bias = self.bias()[None]
+        """(heads, M*M, M*M), or one for each window, (windows, heads, M*M, M*M), where a shift needs its mask."""
+        bias = self.bias()
         if not any(shift):
             return bias
-        mask = shift_mask(grid, self.window, shift, x.device)[:, None]
-        return bias.masked_fill(~mask, -100.0).repeat(x.shape[0], 1, 1, 1)
+        return bias.masked_fill(~shift_mask(grid, self.window, shift, x.device)[:, None], -100.0)
 
 
 class PatchMerging(Resample):
@@ -136,12 +133,14 @@ class Swin(Backbone):
 
     img_size: the size that the windows of the last stages are cut for; a larger image at run time is fine.
     dim: width of the first stage; it doubles from stage to stage. shifted: False is the paper's ablation (table 4).
+    init_std: of the linear layers, the authors' 0.02; None: Xavier, which small widths need.
     """
 
     def __init__(self, *, img_size: int | Sequence[int] = 224, patch: int = 4, in_chans: int = 3, num_classes: int = 1000,
                  dim: int = 96, depths: tuple[int, ...] = (2, 2, 6, 2), heads: tuple[int, ...] = (3, 6, 12, 24),
-                 window: int = 7, shifted: bool = True, drop_path: float = 0.0, mixer: Spec[Part] = spec(WindowAttention),
-                 channel: Spec[Part] = spec(Mlp), residual: Spec[Residual] = spec(PreNorm)) -> None:
+                 window: int = 7, shifted: bool = True, drop_path: float = 0.0, init_std: float | None = 0.02,
+                 mixer: Spec[Part] = spec(WindowAttention), channel: Spec[Part] = spec(Mlp),
+                 residual: Spec[Residual] = spec(PreNorm)) -> None:
         size = pair(img_size)
         residual = residual.offer(norm=NORM, drop_path=drop_path)
         stages = []
@@ -152,12 +151,13 @@ class Swin(Backbone):
             turns = [own.offer(shifted=False), own.offer(shifted=shifted)]
             merging = spec(PatchMerging) if i else None
             stages.append(Stage(dim * 2**i, depth, {"mixer": turns, "channel": channel}, residual, merging))
-        super().__init__(PatchEmbed(in_chans, dim, patch=patch, norm=NORM, pad=True), stages, norm=NORM,
-                         num_classes=num_classes)
+        super().__init__(PatchEmbed(in_chans, dim, patch=patch, norm=NORM, pad=True), stages, img_size=img_size,
+                         norm=NORM, num_classes=num_classes)
+        restart_linears(self, init_std)
 
 
 PRESETS = {
-    "nano": spec(Swin, dim=32, depths=(2, 2), heads=(2, 4), patch=2, window=7, img_size=28),
+    "nano": spec(Swin, dim=32, depths=(2, 2), heads=(2, 4), patch=2, window=7, img_size=28, init_std=None),
     "tiny": spec(Swin),
     "small": spec(Swin, depths=(2, 2, 18, 2)),
     "base": spec(Swin, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32)),

@@ -6,8 +6,8 @@ are added (Eq. 1); pre-norm layers of attention (Eq. 2) and MLP (Eq. 3); the cla
 Hybrids put a ResNet with group norm and standardised weights before the patches (section 3.1).
 
 Decisions: the presets tiny and small are from How to train your ViT? (arXiv 2106.10270), giant_p14 (g/14) from Scaling
-Vision Transformers (arXiv 2106.04560). GELU is exact, as in the PyTorch ports; JAX takes the tanh form (`approximate`),
-1e-3 apart. No pre-logits layer: the released classifiers have none.
+Vision Transformers (arXiv 2106.04560). GELU is exact, as in the PyTorch ports; the authors' JAX code takes the tanh form,
+which files in their layout get (`approximate`). No pre-logits layer: the released classifiers have none.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,7 @@ from ...core.spec import Spec, spec
 from ...parts.attention import Attention
 from ...parts.channel import Mlp
 from ...parts.embed import PatchEmbed
-from ...parts.norm import LayerNorm
-from ...parts.position import AbsolutePosition, LearnedPosition, NoPosition
+from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm
 from ...parts.stem import ResNetStem
 from ...skeletons.backbone import Backbone, Stage
@@ -38,8 +37,8 @@ CARD = Card(
     kind="backbone",
     domain="image",
     tags=("plain", "attention", "host"),
-    claim="A plain Transformer on image patches, pre-trained on enough data, beats the best convolutional networks at about "
-          "a quarter of their pre-training compute (88.55 % ImageNet top-1 with JFT-300M).",
+    claim="A plain Transformer on image patches, pre-trained on enough data, beats the best convolutional networks at "
+          "about a quarter of their pre-training compute (88.55 % ImageNet top-1 with JFT-300M).",
     variants={
         "nano": Published(note="ours: for tests and quick comparisons at 28 to 32 pixels"),
         "tiny": Published(params=5.72e6, macs=1.26e9, input=(3, 224, 224)),
@@ -58,9 +57,10 @@ CARD = Card(
                               results={"ImageNet top-1 (JFT-300M)": 88.55}),
         "giant_p14": Published(params=1012.61e6, macs=267.18e9, input=(3, 224, 224),
                                note="g/14 of Scaling Vision Transformers, with a class token"),
-        "r_tiny_p8": Published(params=6.34e6, macs=0.44e9, input=(3, 224, 224), note="R+Ti/16: root convolution, patches of 8"),
+        "r_tiny_p8": Published(params=6.34e6, macs=0.44e9, input=(3, 224, 224),
+                               note="R+Ti/16: root convolution, patches of 8"),
         "r26_small": Published(params=36.43e6, macs=3.56e9, input=(3, 224, 224), note="R26+S/32"),
-        "r50_base": Published(params=98.95e6, macs=21.66e9, input=(3, 224, 224), note="R50+B/16"),
+        "r50_base": Published(params=98.66e6, macs=21.66e9, input=(3, 224, 224), note="R50+B/16"),
         "r50_large": Published(params=328.99e6, macs=19.58e9, input=(3, 224, 224), note="R50+L/32"),
     },
 )
@@ -78,15 +78,11 @@ class ViT(Backbone):
                  pool: str = "token", stem_layers: tuple[int, ...] | None = None, mixer: Spec[Part] = spec(Attention),
                  channel: Spec[Part] = spec(Mlp), residual: Spec[Residual] = spec(PreNorm),
                  position: Spec[Any] = spec(LearnedPosition)) -> None:
-        mixer = mixer.offer(heads=heads)
-        if not issubclass(position.target, AbsolutePosition):
-            mixer = mixer.require(f"{position.name} works on the scores of attention; take position='learned' or 'none'",
-                                  position=position)
-            position = spec(NoPosition)
+        mixer, position = seat(position, mixer.offer(heads=heads))
         embed = PatchEmbed(in_chans, dim, patch=patch, img_size=img_size, class_token=pool == "token", position=position,
                            stem=None if stem_layers is None else spec(ResNetStem, layers=stem_layers))
         stage = Stage(dim, depth, {"mixer": mixer, "channel": channel}, residual.offer(drop_path=drop_path))
-        super().__init__(embed, [stage], num_classes=num_classes, pool=pool)
+        super().__init__(embed, [stage], img_size=img_size, num_classes=num_classes, pool=pool)
 
 
 PRESETS = {
@@ -110,6 +106,7 @@ PRESETS = {
 OURS = "stages.0.layers.{i}"
 THEIRS = "Transformer/encoderblock_{i}"  # JAX
 ATTENTION = f"{THEIRS}/MultiHeadDotProductAttention_1"
+QKV = ("query", "key", "value")
 FLAT = Op(lambda t, o: [t[0].flatten()], lambda t, o: [t[0]])  # group norms of the hybrids are stored (1, 1, 1, C)
 QKV_KERNEL = Op(lambda t, o: FUSE.there([x.flatten(1).t() for x in t], o),  # (D, heads, d) each
                 lambda t, o: [x.t().unflatten(1, (o["heads"], -1)) for x in FUSE.back(t, o)])
@@ -160,8 +157,8 @@ KEYS = {
         *_stem_rules(),
         rule(f"{THEIRS}/LayerNorm_0/scale", f"{OURS}.mixer.norm.weight"),
         rule(f"{THEIRS}/LayerNorm_0/bias", f"{OURS}.mixer.norm.bias"),
-        rule([f"{ATTENTION}/{x}/kernel" for x in ("query", "key", "value")], f"{OURS}.mixer.inner.qkv.weight", QKV_KERNEL),
-        rule([f"{ATTENTION}/{x}/bias" for x in ("query", "key", "value")], f"{OURS}.mixer.inner.qkv.bias", QKV_BIAS),
+        rule([f"{ATTENTION}/{x}/kernel" for x in QKV], f"{OURS}.mixer.inner.qkv.weight", QKV_KERNEL),
+        rule([f"{ATTENTION}/{x}/bias" for x in QKV], f"{OURS}.mixer.inner.qkv.bias", QKV_BIAS),
         rule(f"{ATTENTION}/out/kernel", f"{OURS}.mixer.inner.proj.weight", OUT_KERNEL),
         rule(f"{ATTENTION}/out/bias", f"{OURS}.mixer.inner.proj.bias"),
         rule(f"{THEIRS}/LayerNorm_2/scale", f"{OURS}.channel.norm.weight"),
@@ -185,12 +182,16 @@ def settings(state: State, layout: str) -> dict[str, Any]:
     token = "embedding.cls" in state
     side = round((state["embedding.position.table"].shape[1] - int(token)) ** 0.5)
     found: dict[str, Any] = {
-        "dim": dim, "patch": patch if patch == patch_w else (patch, patch_w), "in_chans": in_chans, "img_size": side * patch,
+        "dim": dim, "patch": patch if patch == patch_w else (patch, patch_w), "in_chans": in_chans,
+        "img_size": side * patch if patch == patch_w else (side * patch, side * patch_w),
         "depth": count(state, f"{OURS}.mixer.norm.weight"), "heads": {1280: 16, 1408: 16}.get(dim, max(1, dim // 64)),
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "pool": "token" if token else "mean",
-        "channel": spec(Mlp, ratio=state["stages.0.layers.0.channel.inner.fc1.weight"].shape[0] / dim),
     }
+    mlp = spec(Mlp)
+    if (ratio := state["stages.0.layers.0.channel.inner.fc1.weight"].shape[0] / dim) != 4:
+        mlp = mlp.but(ratio=ratio)
+    found["channel"] = mlp.but(approximate=True) if layout == "authors" else mlp
     if "embedding.stem.conv.weight" in state:
         stages = range(count(state, "embedding.stem.stages.{i}.0.conv1.weight"))
         layers = tuple(count(state, f"embedding.stem.stages.{s}.{{i}}.conv1.weight") for s in stages)

@@ -4,13 +4,14 @@
 Nothing is new here: token embedding, learned positions, pre-norm layers of causal attention and a GELU MLP, final norm,
 head tied to the embedding. Every piece can be exchanged by name: mixer, channel, norm, residual, position.
 
-Deviations: no dropout; GPT-2's tanh form of GELU is the preset `small`'s only; branch outputs start at 0.02 / sqrt(2 depth)
-as in GPT-2 where the part ends in a projection.
+Deviations: no dropout; GPT-2's tanh form of GELU is the preset `small`'s only. What joins the stream starts a factor
+sqrt(2 depth) smaller, as in GPT-2, where the part ends in a projection.
 """
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...core.card import Card, Published
@@ -18,9 +19,9 @@ from ...core.keys import TRANSPOSE, UNSQUEEZE, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
-from ...parts.channel import Mlp
+from ...parts.channel import Mlp, restart_linears
 from ...parts.norm import LayerNorm
-from ...parts.position import AbsolutePosition, LearnedPosition, NoPosition
+from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm
 from ...skeletons.decoder import Decoder
 from ...skeletons.stack import Stack
@@ -49,33 +50,33 @@ class GPT(Decoder):
     """ids (B, N) -> logits (B, N, vocab).
 
     mixer must have a causal form; position is added to the tokens ("learned", "none") or given to the mixer ("rotary").
-    bias: of the projections and norms. drop_path: of the last layer, growing linearly from zero.
+    init_std: of the linear layers; None: Xavier, which small widths need. bias: of the projections and norms.
+    drop_path: of the last layer, growing linearly from zero.
     """
 
     def __init__(self, *, vocab: int = 256, context: int = 256, dim: int = 64, depth: int = 4, heads: int = 4,
-                 bias: bool = True, tie: bool = True, drop_path: float = 0.0, mixer: Spec[Part] = spec(Attention),
-                 channel: Spec[Part] = spec(Mlp), norm: Spec[nn.Module] = spec(LayerNorm, eps=1e-5),
-                 residual: Spec[Residual] = spec(PreNorm),
+                 bias: bool = True, tie: bool = True, drop_path: float = 0.0, init_std: float | None = None,
+                 mixer: Spec[Part] = spec(Attention), channel: Spec[Part] = spec(Mlp),
+                 norm: Spec[nn.Module] = spec(LayerNorm, eps=1e-5), residual: Spec[Residual] = spec(PreNorm),
                  position: Spec[Any] = spec(LearnedPosition)) -> None:
         mixer = mixer.require("in a language decoder no token may see a later one", causal=True)
-        mixer = mixer.offer(heads=heads, bias=bias, length=context)
-        if not issubclass(position.target, AbsolutePosition):
-            mixer = mixer.require(f"{position.name} works on the scores of attention; take position='learned' or 'none'",
-                                  position=position)
-            position = spec(NoPosition)
+        mixer, position = seat(position, mixer.offer(heads=heads, bias=bias, length=context))
         norm = norm.offer(bias=bias)
         stack = Stack(dim, depth, {"mixer": mixer, "channel": channel.offer(bias=bias)},
                       residual.offer(norm=norm, drop_path=drop_path))
         super().__init__(vocab, context, stack, position=position, norm=norm, tie=tie)
-        for name, p in stack.named_parameters():
-            if name.endswith(("proj.weight", "fc2.weight")):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * depth))
+        restart_linears(stack, init_std)
+        with torch.no_grad():
+            for name, p in stack.named_parameters():
+                if name.endswith(("proj.weight", "fc2.weight")):  # what joins the stream, 2 depth times
+                    p /= math.sqrt(2 * depth)
 
 
 PRESETS = {
     "nano": spec(GPT, dim=64, depth=4, heads=4, context=128),
     "micro": spec(GPT, dim=192, depth=6, heads=6, context=256),
-    "small": spec(GPT, vocab=50257, dim=768, depth=12, heads=12, context=1024, channel=spec(Mlp, approximate=True)),
+    "small": spec(GPT, vocab=50257, dim=768, depth=12, heads=12, context=1024, init_std=0.02,
+                  channel=spec(Mlp, approximate=True)),
 }
 
 KEYS = {

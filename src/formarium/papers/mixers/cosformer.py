@@ -66,8 +66,9 @@ class CosFormer(Part):
         if ctx.lengths is not None:
             raise DoesNotFit("cosFormer does not take packed batches: its weights depend on each sequence's length")
         source = x if ctx.memory is None else ctx.memory[0]
-        n, m, seen = x.shape[1], source.shape[1], 0 if ctx.cache is None else ctx.cache.length
-        length = self._length(n, m, seen, cached=ctx.cache is not None)
+        seen = 0 if ctx.cache is None else ctx.cache.length
+        before = seen if ctx.memory is None else 0  # keys that the cache holds already
+        length = self._length(seen + x.shape[1], before + source.shape[1], cached=ctx.cache is not None)
         (q,), (k, v) = split_heads(F.relu(self.q(x)), 1, self.heads), split_heads(self.kv(source), 2, self.heads)
         k = F.relu(k)
         if ctx.mask is not None:
@@ -75,7 +76,7 @@ class CosFormer(Part):
                 raise DoesNotFit("cosFormer forms no scores, so a mask can hide keys (B, 1, 1, M) but not single pairs; "
                                  f"got {tuple(ctx.mask.shape)}")
             k = k * ctx.mask.transpose(-2, -1)
-        q, k = self._reweight(q, seen, length), self._reweight(k, seen, length)
+        q, k = self._reweight(q, seen, length), self._reweight(k, before, length)
         if self.causal and ctx.memory is None:
             state = None if ctx.cache is None else ctx.cache.states.get(self.place)
             out, state = causal_linear_attention(q, k, v, state=state)
@@ -85,13 +86,13 @@ class CosFormer(Part):
             out = linear_attention(q, k, v)
         return self.proj(join_heads(out))
 
-    def _length(self, n: int, m: int, seen: int, *, cached: bool) -> int:
+    def _length(self, n: int, m: int, *, cached: bool) -> int:
         if self.length is None:
             if cached:
                 raise DoesNotFit("cosFormer's weights depend on the length M: fix it with length= to decode with a cache")
             return max(n, m)
-        if seen + max(n, m) > self.length:
-            raise DoesNotFit(f"cosFormer was built for at most {self.length} tokens (length=), got {seen + max(n, m)}")
+        if max(n, m) > self.length:
+            raise DoesNotFit(f"cosFormer was built for at most {self.length} tokens (length=), got {max(n, m)}")
         return self.length
 
     def _reweight(self, x: Float[Tensor, "b h n d"], seen: int, length: int) -> Float[Tensor, "b h n 2*d"]:

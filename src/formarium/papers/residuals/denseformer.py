@@ -89,7 +89,7 @@ class DenseFormer(PreNorm):
 
 PART = spec(DenseFormer)
 
-PAPER = spec(GPT, vocab=50257, dim=768, depth=48, heads=12, context=256, bias=False,
+PAPER = spec(GPT, vocab=50257, dim=768, depth=48, heads=12, context=256, bias=False, init_std=0.02,
              position=spec(Rotary, interleaved=True))
 PRESETS = {
     "nano": GPTS["nano"].but(residual=PART),
@@ -123,5 +123,5 @@ def settings(state: State, layout: str) -> dict[str, Any]:
     fitting = [k for k in range(1, depth + 1) if lengths == [(i + 1) // k + 1 for i in range(depth)]]
     head = state.get("head.weight")
     return {"vocab": vocab, "dim": dim, "depth": depth, "heads": max(1, dim // 64), "bias": "norm.bias" in state,
-            "context": 1024, "position": spec(Rotary, interleaved=True), "tie": head is None or head.equal(state["token.weight"]),
-            "residual": PART.but(dilation=fitting[0])}
+            "context": 1024, "position": spec(Rotary, interleaved=True),
+            "tie": head is None or head.equal(state["token.weight"]), "residual": PART.but(dilation=fitting[0])}

@@ -1,0 +1,108 @@
+"""What a run is, as data: written beside its results, read back to resume it."""
+
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..core.checkpoint import write_atomically
+from ..core.errors import FormariumError
+
+DEFAULT_STEPS = 300
+
+
+class Recipe(BaseModel):
+    """How long and how to train; the same for every model of a comparison."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int | None = Field(None, gt=0, description="budget: optimiser steps")
+    seconds: float | None = Field(None, gt=0, description="budget: seconds of training, evaluation not counted")
+    flops: float | None = Field(None, gt=0, description="budget: floating point operations (6 x MACs a sample)")
+    batch_size: int = Field(64, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="part of the budget in which the rate rises; then a cosine to zero")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    evaluations: int = Field(6, gt=0, description="how often the validation part is evaluated")
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    grad_checkpointing: bool = False
+    compile: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, values: dict) -> dict:
+        given = [k for k in ("steps", "seconds", "flops") if values.get(k) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one budget, not {len(given)}: {', '.join(given)}")
+        return values if given else {**values, "steps": DEFAULT_STEPS}
+
+    @property
+    def budget(self) -> dict[str, float]:
+        return {k: v for k in ("steps", "seconds", "flops") if (v := getattr(self, k)) is not None}
+
+
+class RunConfig(Recipe):
+    """One model on one task with one seed and learning rate."""
+
+    model: str
+    task: str
+    lr: float = Field(1e-3, gt=0)
+    seed: int = Field(0, ge=0)
+
+
+class CompareConfig(Recipe):
+    """Several models under one recipe. lrs: tried with the first seed; each model keeps the one best on validation data."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    task: str
+    lrs: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+
+    @model_validator(mode="after")
+    def _no_doubles(self) -> Self:
+        for field in ("models", "lrs", "seeds"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field} names something twice: {', '.join(map(str, values))}")
+        return self
+
+    def run(self, model: str, lr: float, seed: int) -> RunConfig:
+        recipe = {k: getattr(self, k) for k in Recipe.model_fields}
+        return RunConfig(model=model, task=self.task, lr=lr, seed=seed, **recipe)
+
+
+def checked(kind: type[BaseModel], **values: object) -> BaseModel:
+    """An instance of `kind`, its complaints as one FormariumError."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        rows = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors()]  # type: ignore[attr-defined]
+        raise FormariumError("; ".join(rows)) from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """JSON, complete or not at all."""
+    text = json.dumps(value, indent=1, default=str, allow_nan=False)
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormariumError(f"{path} cannot be read ({error}); remove the folder to start afresh") from None
+
+
+def claim_folder(folder: Path, name: str, config: BaseModel, extra: dict[str, object]) -> None:
+    """Writes the run file `name` into a new folder; an existing one must describe the same run."""
+    path, mine = folder / name, json.loads(config.model_dump_json())
+    if path.exists():
+        theirs = read_json(path).get("config", {})
+        other = [f"{k} is {theirs.get(k)!r} there, {mine.get(k)!r} here" for k in mine if theirs.get(k) != mine.get(k)]
+        if other:
+            raise FormariumError(f"{folder} belongs to another run: {'; '.join(other[:3])}. Choose another folder (--out)")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise FormariumError(f"{folder} is not empty and holds no {name}; choose another folder (--out)")
+    write_json(path, {"config": mine, **extra})

@@ -1,0 +1,251 @@
+"""The command line. Nothing heavy is imported before a command needs it: `formarium list` answers at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .core.errors import FormariumError, Stopped
+
+app = typer.Typer(name="formarium", help="Published Transformers from one shelf of parts: compared, loaded, re-tested.",
+                  no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+Modules = Annotated[list[Path], typer.Option("--module", help="A Python file of your own with a CARD; may be repeated.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Steps = Annotated[int | None, typer.Option(help="Budget: optimiser steps of a run (default 300).")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the results; the same call resumes it.")]
+Seconds = Annotated[float | None, typer.Option(help="Budget: seconds of training of a run.")]
+Flops = Annotated[float | None, typer.Option(help="Budget: floating point operations of a run.")]
+
+
+def _add(modules: list[Path]) -> None:
+    from .core.registry import add_module
+
+    for path in modules:
+        add_module(path)
+
+
+@app.command("list")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="A name or glob, e.g. 'swin*'.")] = "*",
+    kind: Annotated[str | None, typer.Option(help="backbone, language, mixer, residual, ...")] = None,
+    domain: Annotated[str | None, typer.Option(help="image, language, ...")] = None,
+    tag: Annotated[str | None, typer.Option(help="A tag of the card.")] = None,
+    text: Annotated[str | None, typer.Option(help="Words in name, title, claim or tags.")] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="List the tasks instead.")] = False,
+    parts: Annotated[str | None, typer.Option(help="List parts: mixer, channel, norm, residual or position.")] = None,
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """The systems, with their presets; filters combine."""
+    from .core import registry
+
+    _add(module)
+    if tasks:
+        from .tasks.registry import describe_tasks
+
+        rows = [{"task": n, "what": d} for n, d in describe_tasks().items()]
+    elif parts:
+        rows = [{parts: n} for n in registry.list_parts(parts)]
+    else:
+        names = registry.list_models(pattern, kind=kind, domain=domain, tag=tag, text=text)
+        if not names and pattern != "*" and not any("*?[" for c in pattern if c in "*?["):
+            registry.find(pattern.split("/")[0])  # says what is near
+        rows = []
+        for system in dict.fromkeys(n.split("/")[0] for n in names):
+            c = registry.card(system)
+            rows.append({"system": system, "kind": c.kind, "domain": c.domain, "year": c.year,
+                         "presets": [n.split("/")[1] for n in names if n.split("/")[0] == system], "title": c.title})
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0] if rows else ():
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in row.values()))
+    out.print(table if rows else "nothing matches")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")], as_json: Json = False,
+         module: Modules = []) -> None:  # noqa: B006
+    """A system's card: what is new, published against measured parameters and MACs, how to use it."""
+    _add(module)
+    from .arena.words import human, known
+    from .core.registry import find, split_name
+
+    def counted(value: float | None) -> str:
+        return human(value) if known(value) else "-"
+
+    entry, only = find(name.split("/")[0]), split_name(name)[1] if "/" in name else None
+    c, rows = entry.card, []
+    for variant, published in c.variants.items():
+        if only in (None, variant):
+            rows.append({"preset": variant, "published": published} | _measured(f"{entry.name}/{variant}", published.input))
+    if as_json:
+        from dataclasses import asdict
+
+        measured = [{**r, "published": asdict(r["published"])} for r in rows]
+        print(json.dumps({"name": entry.name, **asdict(c), "measured": measured}, indent=1))
+        return
+    out.print(f"[bold]{entry.name}[/bold]  {c.title}", soft_wrap=True)
+    where = ", ".join(filter(None, (c.authors, c.venue, f"arXiv {c.arxiv}" if c.arxiv else "", c.code, c.licence)))
+    out.print(f"{where}\n\nClaim: {c.claim}\n", soft_wrap=True, markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("preset", "params", "published", "MACs", "published", "at", "published results"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        p = row["published"]
+        results = "; ".join([*(f"{k} {v}" for k, v in p.results.items()), *([p.note] if p.note else [])])
+        table.add_row(row["preset"], counted(row["params"]), counted(p.params), counted(row["macs"]), counted(p.macs),
+                      "x".join(map(str, row["input"])), results)
+    out.print(table)
+    first = f"{entry.name}/{only or next(iter(c.variants))}"
+    out.print(f"\nUse it:\n  import formarium as fm\n  model = fm.create_model({first!r})", markup=False)
+    if entry.is_part:
+        for host in c.hosts:
+            out.print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
+    layouts = getattr(entry.module, "KEYS", {})
+    if layouts:
+        out.print(f"  model = fm.load('checkpoint.pth', name={entry.name!r})  # layouts: {', '.join(layouts)}",
+                  markup=False)
+    if c.exceptions:
+        out.print("\nWhere it departs: " + "; ".join(f"{k}: {v}" for k, v in c.exceptions.items()), markup=False)
+
+
+def _measured(name: str, published: tuple[int, ...] | None) -> dict[str, Any]:
+    """Parameters and MACs counted on the meta device, without memory for weights."""
+    import torch
+
+    from .core.build import create_model
+    from .core.macs import count_macs
+    from .core.model import count_parameters
+
+    with torch.device("meta"):
+        model = create_model(name)
+        example = model.example(1, published)
+    return {"params": count_parameters(model), "macs": count_macs(model, example), "input": tuple(example.shape[1:])}
+
+
+def _recipe(**given: Any) -> dict[str, Any]:
+    return {k: v for k, v in given.items() if v is not None}
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Names, with options: vit/nano gpt/nano:mixer=cosformer")],
+    task: Annotated[str, typer.Option(help="See: formarium list --tasks")] = "mnist5k",
+    steps: Steps = None,
+    seconds: Seconds = None,
+    flops: Flops = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
+    lr: Annotated[list[float] | None, typer.Option(help="Of several, each model keeps its best.")] = None,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    folder: Out = None,
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Train several models under equal conditions and compare them: a table, and a report to open."""
+    _add(module)
+    from .arena import compare as arena
+    from .progress import Bars
+
+    with Bars(quiet=as_json) as bars:
+        found = arena.compare(models, task, seeds=seeds, lrs=lr or None, out=folder, watcher=bars, batch_size=batch_size,
+                              **_recipe(steps=steps, seconds=seconds, flops=flops))
+    if as_json:
+        print(json.dumps({"rows": found.rows, "verdict": found.verdict, "report": str(found.report)}, indent=1))
+        return
+    _print_comparison(found)
+
+
+def _print_comparison(found: Any) -> None:
+    from functools import partial
+
+    from .arena.words import SHARES, human, number
+
+    metric, percent = partial(number, found.metric), found.metric in SHARES
+    heads = [found.metric.replace("_", " ") + (" %" if percent else ""), "to the first", "params", "MACs", "train s",
+             "memory", "ms", "samples/s"]
+    columns = len(heads) if out.width >= 110 else 5  # a narrow terminal gets what matters; the report has it all
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model", overflow="fold", min_width=16)
+    for head in heads[:columns]:
+        table.add_column(head, justify="right", no_wrap=True)
+    for r in found.rows:
+        if not r["test"]:
+            table.add_row(r["model"], "failed", *["-"] * (columns - 1))
+            continue
+        t, d = r["test"][found.metric], r["difference"]
+        spread = "" if t["sd"] is None else f" ± {metric(t['sd'])}"
+        apart = "" if d is None else metric(d["mean"], "+")
+        if d and d["low"] is not None:
+            apart += f" ({metric(d['low'], '+')} to {metric(d['high'], '+')})"
+        cells = [metric(t["mean"]) + spread, apart, human(r["params"]), human(r["macs"]), f"{r['train_seconds']:.1f}",
+                 human(r["peak_memory"]) + "B", f"{r['latency_ms']:.2f}", f"{r['throughput']:.0f}"]
+        table.add_row(r["model"], *cells[:columns])
+    out.print(table)
+    for r in found.rows:
+        if r["status"] == "failed":
+            out.print(f"{r['model']}: {r['reason']}", markup=False)
+    out.print(f"\n{found.verdict}", markup=False, soft_wrap=True)
+    for note in found.notes:
+        out.print(note, markup=False, style="dim", soft_wrap=True)
+    out.print(f"\nreport: {found.report}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="A name, with options: swin/nano:drop_path=0.1")],
+    task: Annotated[str, typer.Option(help="See: formarium list --tasks")] = "mnist5k",
+    steps: Steps = None,
+    seconds: Seconds = None,
+    flops: Flops = None,
+    lr: Annotated[float, typer.Option()] = 1e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    weight_decay: Annotated[float, typer.Option()] = 0.05,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
+    grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
+    compiled: Annotated[bool, typer.Option("--compile")] = False,
+    folder: Out = None,
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Train one model; Ctrl-C keeps the state and the same command goes on."""
+    _add(module)
+    from .arena import train as arena
+    from .progress import Bars
+
+    with Bars(quiet=as_json) as bars:
+        bars.plan(1)
+        bars.begin(model, lr, seed)
+        found = arena.train(model, task, out=folder, watch=bars.step, lr=lr, seed=seed, batch_size=batch_size,
+                            weight_decay=weight_decay, precision=precision, grad_checkpointing=grad_checkpointing,
+                            compile=compiled, **_recipe(steps=steps, seconds=seconds, flops=flops))
+    if as_json:
+        print(json.dumps({k: v for k, v in found.items() if k != "shown"}, indent=1))
+        return
+    metrics = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found["test"].items())
+    out.print(f"test: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\n"
+              f"weights: {found['folder']}/last.safetensors, best.safetensors (best on validation)",
+              markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is printed without a traceback."""
+    try:
+        app()
+    except FormariumError as error:
+        print(f"formarium: {error}", file=sys.stderr)
+        sys.exit(130 if isinstance(error, Stopped) else 2)
+
+
+if __name__ == "__main__":
+    main()

