@@ -3,7 +3,7 @@
 import ast
 from typing import Any
 
-from .errors import FormariumError, unknown
+from .errors import DoesNotFit, FormariumError, unknown
 from .model import Model
 from .registry import PART_KINDS, find, list_parts, named_parts, split_name
 from .spec import Spec, from_json, spec, to_json
@@ -79,6 +79,8 @@ def resolve(option: str, value: Any) -> Any:
             return part(kind, value)
         if isinstance(value, list | tuple):
             return tuple(resolve(kind, v) for v in value)
+        if not isinstance(value, Spec):
+            raise DoesNotFit(f"{option} takes a name or a Spec, not {value!r}; names: {', '.join(list_parts(kind))}")
     return value
 
 

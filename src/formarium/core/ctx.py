@@ -10,14 +10,14 @@ from .errors import DoesNotFit
 
 
 class Place(NamedTuple):
-    """Where a part stands: layer `layer` of `depth`, counted over the whole net; `index` counts within its stage.
+    """Where a part stands: layer `layer` of `depth`, counted over the whole net; `nth` counts within its stage.
 
     sub, subs: which sublayer of its layer (0 the first), of how many.
     """
 
     layer: int = 0
     depth: int = 1
-    index: int = 0
+    nth: int = 0
     stage: int = 0
     stages: int = 1
     sub: int = 0

@@ -1,6 +1,6 @@
 """What every model of the house answers, whatever its domain."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -43,7 +43,7 @@ class Model(nn.Module):
         """Recompute each layer in the backward pass instead of keeping its activations; the gradients are the same."""
         for module in self.modules():
             if hasattr(module, "checkpointing"):
-                module.checkpointing = enable
+                module.checkpointing = enable  # type: ignore[assignment]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone beyond the vectors (norms, biases): tables, tokens."""
@@ -66,8 +66,3 @@ class Model(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Parameters of a model; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def blocks(model: nn.Module, kind: type) -> Iterator[tuple[str, Any]]:
-    """Path and module of every sub-module of a type, in order."""
-    return ((path, m) for path, m in model.named_modules() if isinstance(m, kind))

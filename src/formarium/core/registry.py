@@ -96,8 +96,8 @@ def add_module(path: str | Path) -> str:
     entry = Entry(name, path, f"formarium_user.{name}")
     if entry.card is None:  # one that is not made of literals raises here, before it is among the systems
         raise FormariumError(f"{path} has no 'CARD = Card(...)' at the start of a line; see docs/architecture.md")
-    taken = _built_in().get(name)
-    if taken is not None:
+    taken = _built_in().get(name) or _added.get(name)
+    if taken is not None and taken.path != path:
         raise FormariumError(f"the name {name!r} is taken by {taken.path.name}; rename your file")
     _added[name] = entry
     return name

@@ -14,6 +14,7 @@ from torch import Tensor
 
 EXPLICIT_TOKENS = 64  # windows of at most this many tokens are written out, on CPU
 BANDED_TOKENS = 1024  # sequences of at least this many tokens use the banded form of a sliding window
+CHUNK_TOKENS = 1024  # of them the banded form works on at a time
 
 
 def attend(q: Float[Tensor, "*b h n d"], k: Float[Tensor, "*b hk m d"], v: Float[Tensor, "*b hk m e"], *,
@@ -72,29 +73,41 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor
 
 
 def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool, scale: float | None) -> Tensor:
-    """Exact sliding window in blocks: each block of queries sees its own block of keys and those within the window."""
-    b, h, n, d = q.shape
-    block = max(64, window // 2)
+    """Exact sliding window: each block of queries sees a span of keys, its own block and those within the window.
+
+    The spans overlap. They are views of the keys, not copies, in chunks of the sequence that stay in the cache.
+    """
+    b, h, n, _ = q.shape
+    block = 64 * math.ceil(window / 256)
     reach = math.ceil((window - 1) / block)  # blocks behind (and ahead) that a window can touch
-    blocks = math.ceil(n / block)
     behind, ahead = reach * block, 0 if causal else reach * block
+    span = behind + block + ahead
+    chunk = max(CHUNK_TOKENS // block, reach) * block
+    away = torch.arange(-behind, block + ahead, device=q.device) - torch.arange(block, device=q.device)[:, None]
+    near = (away.abs() < window) & (away <= 0 if causal else torch.ones_like(away, dtype=torch.bool))
+    qs, ks, vs = (F.pad(t, (0, 0, 0, -n % block)).flatten(0, 1).split(chunk, dim=1) for t in (q, k, v))
+    out = []
+    for i, queries in enumerate(qs):
+        start, stop = i * chunk - behind, i * chunk + queries.shape[1] + ahead
+        keys, values = (_with_neighbours(t, i, behind, ahead).unfold(1, span, block).permute(1, 0, 3, 2) for t in (ks, vs))
+        mask = near
+        if start < 0 or stop > n:
+            place = torch.arange(start, stop, device=q.device)
+            real = ((place >= 0) & (place < n)).unfold(0, span, block)[:, None, None]
+            mask = near & real | (away == 0)  # padded queries see themselves, so that no row is empty
+        queries = queries.unflatten(1, (-1, block)).transpose(0, 1)
+        answers = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+        out.append(answers.transpose(0, 1).flatten(1, 2))
+    return torch.cat(out, dim=1)[:, :n].unflatten(0, (b, h))
 
-    def spans(t: Tensor) -> Tensor:  # (B, H, N, D) -> (B*blocks, H, behind + block + ahead, D)
-        t = F.pad(t, (0, 0, behind, blocks * block - n + ahead)).unfold(2, behind + block + ahead, block)
-        return t.permute(0, 2, 1, 4, 3).reshape(b * blocks, h, -1, t.shape[3])
 
-    queries = F.pad(q, (0, 0, 0, blocks * block - n)).view(b, h, blocks, block, d)
-    queries = queries.transpose(1, 2).reshape(b * blocks, h, block, d)
-    offset = torch.arange(behind + block + ahead, device=q.device) - behind
-    away = offset - torch.arange(block, device=q.device)[:, None]  # key position minus query position
-    seen = (away.abs() < window) & (away <= 0 if causal else torch.ones_like(away, dtype=torch.bool))
-    place = offset + torch.arange(0, blocks * block, block, device=q.device)[:, None]
-    real = (place >= 0) & (place < n)  # (blocks, keys): not padding
-    own = torch.eye(block, behind + block + ahead, dtype=torch.bool, device=q.device).roll(behind, 1)
-    mask = (seen & real[:, None]) | own  # padded queries see themselves, so that no row is empty
-    mask = mask.repeat(b, 1, 1)[:, None]
-    out = F.scaled_dot_product_attention(queries, spans(k), spans(v), attn_mask=mask, scale=scale)
-    return out.view(b, blocks, h, block, -1).transpose(1, 2).reshape(b, h, blocks * block, -1)[:, :, :n]
+def _with_neighbours(chunks: Sequence[Tensor], i: int, behind: int, ahead: int) -> Tensor:
+    """Chunk i (B, N, D) with the last tokens of the one before it and the first of the next, or zeros."""
+    own = chunks[i]
+    before = chunks[i - 1][:, -behind:] if i else own.new_zeros(own.shape[0], behind, own.shape[2])
+    after = chunks[i + 1][:, :ahead] if i + 1 < len(chunks) else own[:, :0]
+    missing = own.new_zeros(own.shape[0], ahead - after.shape[1], own.shape[2])
+    return torch.cat((before, own, after, missing), dim=1)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, bias: Tensor | None, mask: Tensor | None,

@@ -44,7 +44,7 @@ class Attention(Part):
     def __init__(self, dim: int, place: Place, *, heads: int = 4, bias: bool = True, causal: bool = False,
                  window: int | None = None, position: Spec[ScorePosition] | None = None) -> None:
         super().__init__(dim, place)
-        if position is not None and not issubclass(position.target, ScorePosition):
+        if position is not None and not issubclass(position.target, ScorePosition):  # type: ignore[arg-type]
             raise DoesNotFit(f"{position.name} is added to the tokens, attention takes a position that works on scores; "
                              "give it to the model (position=), or take 'rotary'")
         self.heads, self.causal, self.window = heads, causal, window

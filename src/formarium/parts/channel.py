@@ -23,8 +23,8 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
 
 def restart_linears(model: nn.Module, std: float | None) -> None:
     """All linear layers from a truncated normal, as many papers at widths of 400 to 1,000 have it; None: left alone."""
-    for module in model.modules() if std is not None else ():
-        if isinstance(module, nn.Linear):
+    for module in model.modules():
+        if std is not None and isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=std)
 
 

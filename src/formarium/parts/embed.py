@@ -14,6 +14,7 @@ from ..core.part import Resample
 from ..core.spec import Spec, spec
 from .norm import NoNorm
 from .position import AbsolutePosition, NoPosition
+from .stem import Stem
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -55,7 +56,7 @@ class PatchEmbed(Resample):
 
     img_size: the size that the positions are made for; None: no table, any multiple of `patch`.
     pad: images that are no multiple get zeros to the right and below, instead of an error.
-    stem: a network before it, e.g. the ResNet of a hybrid, built as stem(in_chans), with `channels` and `stride`.
+    stem: a network before it, e.g. the ResNet of a hybrid, built as stem(in_chans).
     """
 
     undecayed = ("cls",)
@@ -63,11 +64,11 @@ class PatchEmbed(Resample):
     def __init__(self, in_chans: int, dim: int, *, patch: int | tuple[int, int] = 16,
                  img_size: int | Sequence[int] | None = None, class_token: bool = False,
                  position: Spec[AbsolutePosition] = spec(NoPosition), norm: Spec[nn.Module] = spec(NoNorm),
-                 pad: bool = False, stem: Spec[nn.Module] | None = None) -> None:
+                 pad: bool = False, stem: Spec[Stem] | None = None) -> None:
         super().__init__()
         self.in_chans, self.patch, self.pad = in_chans, pair(patch), pad
         self.stem = None if stem is None else stem(in_chans)
-        channels, stride = (in_chans, 1) if self.stem is None else (int(self.stem.channels), int(self.stem.stride))
+        channels, stride = (in_chans, 1) if self.stem is None else (self.stem.channels, self.stem.stride)
         self.step = (self.patch[0] * stride, self.patch[1] * stride)
         self.img_size = None if img_size is None else pair(img_size)
         tokens = 0

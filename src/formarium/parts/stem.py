@@ -5,6 +5,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+class Stem(nn.Module):
+    """Images (B, in_chans, H, W) -> maps (B, channels, H / stride, W / stride). Built as stem(in_chans)."""
+
+    channels: int
+    stride: int
+
+
 class StdConv(nn.Conv2d):
     """Convolution without bias whose weights are standardised for each output channel (arXiv 1903.10520)."""
 
@@ -46,10 +53,10 @@ class Bottleneck(nn.Module):
         return F.relu(y + (x if self.conv0 is None or self.norm0 is None else self.norm0(self.conv0(x))))
 
 
-class ResNetStem(nn.Module):
+class ResNetStem(Stem):
     """Root (7x7, stride 2, pool by 2), then stages of bottlenecks: BiT-style ResNet v1 of the ViT hybrids.
 
-    layers: blocks of each stage; () is the root alone. `channels` and `stride` say what comes out.
+    layers: blocks of each stage; () is the root alone.
     """
 
     def __init__(self, in_chans: int, *, layers: tuple[int, ...] = (3, 4, 9), width: int = 64) -> None:

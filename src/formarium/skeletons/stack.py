@@ -33,7 +33,7 @@ class Stack(nn.Module):
         for i in range(depth):
             layer = nn.ModuleDict()
             for j, (name, entry) in enumerate(sublayers.items()):
-                at = place._replace(layer=place.layer + i, index=i, sub=j, subs=len(sublayers))
+                at = place._replace(layer=place.layer + i, nth=i, sub=j, subs=len(sublayers))
                 part = entry if isinstance(entry, Spec) else entry[i % len(entry)]
                 layer[name] = residual(dim, at, part(dim, at))
             self.layers.append(layer)

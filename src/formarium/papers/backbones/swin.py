@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -123,9 +121,10 @@ class PatchMerging(Resample):
 
     def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b m d"], Ctx]:
         h, w = ctx.need_grid(self)
-        x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, w % 2, 0, h % 2))
-        x = torch.cat((x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]), dim=-1)
-        return self.reduction(self.norm(x.flatten(1, 2))), replace(ctx, grid=(x.shape[1], x.shape[2]))
+        x = pad_to_windows(x.unflatten(1, (h, w)), (2, 2))
+        h, w = x.shape[1] // 2, x.shape[2] // 2
+        x = x.unflatten(1, (h, 2)).unflatten(3, (w, 2)).permute(0, 1, 3, 4, 2, 5)  # down first, then right
+        return self.reduction(self.norm(x.flatten(1, 2).flatten(2))), replace(ctx, grid=(h, w))
 
 
 class Swin(Backbone):

@@ -60,7 +60,7 @@ class DenseFormer(PreNorm):
         super().__init__(dim, place, inner, norm=norm, drop_path=drop_path, layer_scale=layer_scale)
         if dilation < 1 or period < 1:
             raise DoesNotFit(f"dilation and period are 1 or more, got {dilation} and {period}")
-        self.dilation, self.block = dilation, place.index + 1  # the embedding is block 0
+        self.dilation, self.block = dilation, place.nth + 1  # the embedding is block 0
         averages = place.ends_layer and self.block % period == 0
         self.alpha = nn.Parameter(self._identity(self.block // dilation + 1)) if averages else None
 
