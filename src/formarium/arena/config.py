@@ -56,7 +56,7 @@ class CompareConfig(Recipe):
 
     models: tuple[str, ...] = Field(min_length=1)
     task: str
-    lrs: tuple[float, ...] = Field((3e-4, 1e-3, 3e-3), min_length=1)
+    lrs: tuple[float, ...] = Field((1e-3, 3e-3, 1e-2), min_length=1)
     seeds: tuple[int, ...] = Field((0,), min_length=1)
 
     @model_validator(mode="after")
