@@ -90,9 +90,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, digit
 
 
 def test_a_killed_process_resumes(tmp_path):
-    """SIGKILL leaves no chance to save: the run starts from its last state, here none; the numbers are the same."""
     """SIGKILL leaves no chance to save: the run starts from its last state, here none, with the same numbers."""
-              "batch_size=16, evaluations=2)")
+    script = (f"from formarium.arena.train import train; train({VIT!r}, 'digits', out={str(tmp_path / 'run')!r}, "
+              "steps=400, batch_size=16, evaluations=2)")
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120

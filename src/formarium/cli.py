@@ -60,7 +60,7 @@ def list_command(
         for system in dict.fromkeys(n.split("/")[0] for n in names):
             c = registry.card(system)
             rows.append({"system": system, "kind": c.kind, "domain": c.domain, "year": c.year,
-                         "presets": [n.split("/")[1] for n in names if n.split("/")[0] == system], "title": c.title})
+                         "presets": [n.split("/")[1] for n in names if n.startswith(f"{system}/")], "title": c.title})
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -78,7 +78,7 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
     """A system's card: what is new, published against measured parameters and MACs, how to use it."""
     _add(module)
     from .arena.words import human, known
-    from .core.registry import find, split_name
+    from .core.registry import METHODS, find, split_name
 
     def counted(value: float | None) -> str:
         return human(value) if known(value) else "-"
@@ -105,9 +105,13 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
         results = "; ".join([*(f"{k} {v}" for k, v in p.results.items()), *([p.note] if p.note else [])])
         table.add_row(row["preset"], counted(row["params"]), counted(p.params), counted(row["macs"]), counted(p.macs),
                       "x".join(map(str, row["input"])), results)
-    out.print(table)
-    first = f"{entry.name}/{only or next(iter(c.variants))}"
-    out.print(f"\nUse it:\n  import formarium as fm\n  model = fm.create_model({first!r})", markup=False)
+    if rows:
+        out.print(table)
+    out.print("\nUse it:\n  import formarium as fm", markup=False)
+    if rows:
+        out.print(f"  model = fm.create_model('{entry.name}/{only or next(iter(c.variants))}')", markup=False)
+    if c.kind in METHODS:
+        out.print(f"  {METHODS[c.kind].format(entry.name)}", markup=False)
     if entry.is_part:
         for host in c.hosts:
             out.print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
@@ -130,7 +134,8 @@ def _measured(name: str, published: tuple[int, ...] | None) -> dict[str, Any]:
     with torch.device("meta"):
         model = create_model(name)
         example = model.example(1, published)
-    return {"params": count_parameters(model), "macs": count_macs(model, example), "input": tuple(example.shape[1:])}
+    shape = tuple(example.shape[1:]) if isinstance(example, torch.Tensor) else published or ()
+    return {"params": count_parameters(model), "macs": count_macs(model, example), "input": shape}
 
 
 def _recipe(**given: Any) -> dict[str, Any]:

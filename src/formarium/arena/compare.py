@@ -16,7 +16,7 @@ from ..core.errors import FormariumError
 from ..core.macs import count_macs
 from ..core.model import count_parameters
 from ..core.registry import card
-from ..tasks.base import Task
+from ..tasks.base import Task, share
 from ..tasks.registry import get_task
 from .config import CompareConfig, checked, claim_folder, read_json, write_json
 from .machine import describe_machine
@@ -163,7 +163,7 @@ class _Job:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         models = {r["model"]: build_for(r["model"], self.task).to(device) for r in rows}
         first = models[rows[0]["model"]]
-        one, many = first.example(1).to(device), first.example(THROUGHPUT_BATCH).to(device)
+        one, many = (share(first.example(n), device=device) for n in (1, THROUGHPUT_BATCH))
         latency, batch = speeds(models, one), speeds(models, many)
         for row in rows:
             model = models[row["model"]]

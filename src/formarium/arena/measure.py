@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core.model import Model
-from ..tasks.base import Task
+from ..tasks.base import Task, share
 
 
 def peak_memory(model: Model, task: Task, batch_size: int) -> int:
     """Bytes at the highest point of a training step: weights, gradients, optimiser state, activations. Trains the model."""
     device = next(model.parameters()).device
-    x, y = (t.to(device) for t in task.train_batch(0, 0, batch_size))
+    batch = share(task.train_batch(0, 0, batch_size), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     model.train()
 
     def step() -> None:
-        task.loss(model, (x, y)).backward()
+        task.loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -32,7 +32,7 @@ def peak_memory(model: Model, task: Task, batch_size: int) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    held = [x, y, *model.parameters(), *model.buffers()]
+    held = [*tree_leaves(batch), *model.parameters(), *model.buffers()]
     held += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
     with _LiveMemory(held) as memory:
         step()
@@ -68,8 +68,8 @@ class _LiveMemory(TorchDispatchMode):
 
 
 @torch.no_grad()
-def speeds(models: Mapping[str, Model], example: Tensor, *, rounds: int = 7, seconds: float = 0.1) -> dict[str, float]:
-    """Seconds of one forward pass of each model: the median over rounds in which the models take turns.
+def speeds(models: Mapping[str, Model], example: Any, *, rounds: int = 7, seconds: float = 0.1) -> dict[str, float]:
+    """Seconds of one forward pass of each model on `example`: the median over rounds in which the models take turns.
 
     A round repeats a fast model until `seconds` have passed, so that the clock's grain does not count.
     """
@@ -80,7 +80,7 @@ def speeds(models: Mapping[str, Model], example: Tensor, *, rounds: int = 7, sec
             calls, begun = 0, time.perf_counter()
             while calls == 0 or time.perf_counter() - begun < seconds:
                 model(example)
-                if example.is_cuda:
+                if any(p.is_cuda for p in model.parameters()):
                     torch.cuda.synchronize()
                 calls += 1
             if turn:  # the first warms up

@@ -40,6 +40,8 @@ COSTS = (
     Cost("throughput", "Throughput", lambda v: human(v) + "/s", 1),
 )
 
+Found = list[tuple[int, str, dict[str, Any]]]  # number of a model, its name, what its task showed
+
 
 class Page(NamedTuple):
     """What the sections are made from: the folder, compare.json, the rows of results.json."""
@@ -64,11 +66,11 @@ def figures(page: Page) -> str:
     for c in COSTS:
         if c.key in ("macs", "latency_ms"):
             asked[f"Test {name} against {c.title.replace('L', 'l')}"] = lambda ax, c=c: _trade(page, ax, c, axis)
-    drawn = {title: _svg(title, models, draw, tall) for title, draw in asked.items()}
-    return "".join(f"<figure><figcaption>{esc(title)}</figcaption>{svg}</figure>" for title, svg in drawn.items() if svg)
+    drawn = {title: svg(title, models, draw, tall) for title, draw in asked.items()}
+    return "".join(f"<figure><figcaption>{esc(title)}</figcaption>{d}</figure>" for title, d in drawn.items() if d)
 
 
-def _svg(label: str, models: Sequence[str], draw: Callable[[Any], bool], tall: float) -> str:
+def svg(label: str, models: Sequence[str], draw: Callable[[Any], bool], tall: float) -> str:
     """The plot of draw(axes) in the page's colours, "" where it drew nothing; artists with gid "model-N" are model N's."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -81,18 +83,19 @@ def _svg(label: str, models: Sequence[str], draw: Callable[[Any], bool], tall: f
         if not draw(figure.add_axes((0.135, 0.145 / tall, 0.795, 1 - 0.18 / tall))):
             return ""
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        svg = file.getvalue()
+        text = file.getvalue()
     start = f'<svg class="plot" viewBox="0 0 {5.6 * 72:g} {3.6 * 72 * tall:g}" role="img" aria-label="{esc(label)}">'
-    svg = start + re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", re.split(r"<svg.*?>", svg, flags=re.S)[1], flags=re.S)
-    svg = re.sub(r'<g id="model-(\d+)(-band)?">', lambda m: f'<g data-model="{m[1]}"{" class=band" if m[2] else ""}>'
-                 f"<title>{esc(models[int(m[1])])}</title>", svg)
-    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg).replace("xlink:href", "href")  # such ids repeat from plot to plot
+    inner = re.split(r"<svg.*?>", text, flags=re.S)[1]
+    text = start + re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", inner, flags=re.S)
+    text = re.sub(r'<g id="model-(\d+)(-band)?">', lambda m: f'<g data-model="{m[1]}"{" class=band" if m[2] else ""}>'
+                 f"<title>{esc(models[int(m[1])])}</title>", text)
+    text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text).replace("xlink:href", "href")  # such ids repeat from plot to plot
     for i, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--c{i})")
-    return svg.replace(GREY, "var(--line)").replace("#ffffff", "var(--bg)")
+        text = text.replace(colour, f"var(--c{i})")
+    return text.replace(GREY, "var(--line)").replace("#ffffff", "var(--bg)")
 
 
-def _style(i: int, line: bool = True) -> dict[str, Any]:
+def style(i: int, line: bool = True) -> dict[str, Any]:
     dashes, marker, _ = ROUNDS[i // len(COLOURS) % len(ROUNDS)]
     look = {"linestyle": (0, dashes)} if line else {"marker": marker, "markersize": 6.5, "markeredgewidth": 1.5}
     return {"color": COLOURS[i % len(COLOURS)], "gid": f"model-{i}", **look}
@@ -120,13 +123,13 @@ def _curves(page: Page, ax: Any, pick: Callable[[dict[str, Any]], float | None],
         curves = [(c["status"], _read_curve(page.folder / c["path"] / "metrics.jsonl", x, pick)) for c in row["cells"]]
         done = [curve for status, curve in curves if status == "done" and curve.size]
         for curve in (curve for status, curve in curves if status != "done" and curve.size):
-            ax.plot(*curve, **_style(i), linewidth=0.9)
+            ax.plot(*curve, **style(i), linewidth=0.9)
             stops.append((*curve[:, -1], i))
         if done:  # where every seed has a value; between steps it is interpolated
             xs = np.unique(np.concatenate([c[0] for c in done]))
             xs = xs[(xs >= max(c[0, 0] for c in done)) & (xs <= min(c[0, -1] for c in done))]
             ys = np.stack([np.interp(xs, *c) for c in done])
-            ax.plot(xs, ys.mean(0), **_style(i), linewidth=1.5)
+            ax.plot(xs, ys.mean(0), **style(i), linewidth=1.5)
             if len(done) > 1:
                 ax.fill_between(xs, ys.min(0), ys.max(0), color=COLOURS[i % len(COLOURS)], alpha=0.16, linewidth=0,
                                 gid=f"model-{i}-band")
@@ -136,7 +139,7 @@ def _curves(page: Page, ax: Any, pick: Callable[[dict[str, Any]], float | None],
         margin = 0.05 * (max(seen) - min(seen)) or 0.05
         ax.set_ylim(min(seen) - margin, max(seen) + margin)
     for at, y, i in stops:
-        ax.plot([at], [np.clip(y, *ax.get_ylim())], **_style(i, line=False) | {"marker": "x"}, clip_on=False, zorder=4)
+        ax.plot([at], [np.clip(y, *ax.get_ylim())], **style(i, line=False) | {"marker": "x"}, clip_on=False, zorder=4)
     ax.margins(x=0.01)
     ax.set_xlabel("Training time, s" if x == "seconds" else "Step")
     ax.xaxis.set_major_formatter(lambda v, _: human(v))
@@ -188,9 +191,9 @@ def _trade(page: Page, ax: Any, cost: Cost, form: Callable[[float], str]) -> boo
               if s and known(r.get(cost.key))]
     best = front(points, page.sign)
     for x, y, i in points:
-        style, sd = _style(i, line=False), scores[i]["sd"] or 0
-        ax.plot([x, x], [y - sd, y + sd], linewidth=1, color=style["color"], gid=style["gid"])
-        ax.plot([x], [y], **style, markerfacecolor=style["color"] if (x, y, i) in best else "#ffffff")
+        look, sd = style(i, line=False), scores[i]["sd"] or 0
+        ax.plot([x, x], [y - sd, y + sd], linewidth=1, color=look["color"], gid=look["gid"])
+        ax.plot([x], [y], **look, markerfacecolor=look["color"] if (x, y, i) in best else "#ffffff")
     ax.plot([p[0] for p in best], [p[1] for p in best], drawstyle="steps-post", color=GREY, linewidth=1.3, zorder=1)
     wide = bool(points) and max(points)[0] > 4 * min(points)[0] > 0
     ax.set_xscale("log" if wide else "linear")

@@ -2,7 +2,8 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 from ..core.checkpoint import write_atomically
 from ..core.errors import FormariumError
 from .config import CompareConfig, read_json
-from .plots import COLOURS, COSTS, NAMED, ROUNDS, Page, figures
+from .html import grid, legend, model_name
+from .plots import COSTS, NAMED, Page, figures
 from .words import SHARES, duration, esc, human, known, number
 
 
@@ -24,13 +26,13 @@ def write_report(folder: Path) -> Path:
     plan, results = read_json(folder / "compare.json"), read_json(folder / "results.json")
     page = Page(folder, plan, results["rows"], plan["metric"], 1 if plan["higher_is_better"] else -1)
     facts = [f"Formarium {plan['formarium']}", *(f"{k} {v}" for k, v in plan["machine"].items())]
-    optional = {"plots": figures(page), "images": _images(page), "texts": _texts(page), "rates": _rates(page)}
+    optional = {"plots": figures(page), "rates": _rates(page)}
     fields = optional | {f"no_{k}": "" if v else "hidden" for k, v in optional.items()} | _about(page) | {
         "title": esc(f"{plan['task_info']['title']}: {len(page.rows)} model{'s' * (len(page.rows) != 1)}"),
         "task": esc(plan["task"]), "version": esc(plan["formarium"]), "verdict": esc(results["verdict"]),
         "notes": "".join(f"<li>{esc(note)}</li>" for note in results["notes"]),
         "body_class": "many" * (len(page.rows) > NAMED),
-        "legend": "".join(f"<li>{_name(i, r['model'])}</li>" for i, r in enumerate(page.rows)), "table": _table(page),
+        "legend": legend(page), "table": _table(page), "shown": _shown(page),
         "command": esc(command(plan)), "footer": esc(", ".join(facts)),
     }
     text = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(fields)
@@ -82,22 +84,6 @@ def command(plan: dict[str, Any]) -> str:
     return shlex.join(["formarium", "compare", *models, *(word for k, v in options for word in (f"--{k}", str(v)))])
 
 
-def _name(i: int, model: str, below: str = "") -> str:
-    """A model as it is called everywhere: number, colour with line and marker, name."""
-    colour, (dashes, _, shape) = f"var(--c{i % len(COLOURS)})", ROUNDS[i // len(COLOURS) % len(ROUNDS)]
-    breakable = re.sub(r"([/:,=(])", r"\1<wbr>", esc(model))
-    swatch = (f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5h26" stroke="{colour}" '
-              f'stroke-dasharray="{" ".join(map(str, dashes))}"/><path d="{shape}" fill="{colour}"/></svg>')
-    return (f'<span class="model" data-pick="{i}"><span class="number">{i + 1}</span>{swatch}'
-            f'<span><b class="name">{breakable}</b>{below}</span></span>')
-
-
-def _grid(kind: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of heads and cells that bring their own th and td."""
-    body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
-    return f'<table class="{kind}"><thead><tr>{"".join(heads)}</tr></thead><tbody>{body}</tbody></table>'
-
-
 def _cell(text: str, value: float | None = None, hint: str = "") -> str:
     return f'<td data-v="{value if known(value) else ""}"{f""" title="{esc(hint)}" """ if hint else ""}>{text}</td>'
 
@@ -136,8 +122,8 @@ def _table(page: Page) -> str:
         else:
             found = [f'<td class="reason" colspan="{1 + several}" data-v="">failed: {esc(r["reason"])}</td>',
                      *["<td hidden></td>"] * several]  # keeps the numbers of the columns, for sorting
-        lines.append([_cell(_name(i, r["model"], below), i), *found, *(c[i] for c in costs)])
-    return _grid("wide sortable", heads, lines)
+        lines.append([_cell(model_name(i, r["model"], below), i), *found, *(c[i] for c in costs)])
+    return grid("wide sortable", heads, lines)
 
 
 def _difference(metric: str, d: dict[str, Any] | None, reach: float) -> str:
@@ -158,34 +144,23 @@ def _rates(page: Page) -> str:
     """What each learning rate gave on validation data, the chosen one marked; empty where one was tried."""
     rates, lines = page.plan["lrs"], []
     for i, r in enumerate(page.rows if len(rates) > 1 else ()):
-        lines.append([_cell(_name(i, r["model"]))])
+        lines.append([_cell(model_name(i, r["model"]))])
         for lr in rates:
             value = r["lr_tried"].get(f"{lr:g}")
             text = number(page.metric, value, unit=" %") if known(value) else '<span class="failed">failed</span>'
             if known(value) and lr == r["lr"]:
                 text = f'<span class="best">{text}</span>' + "†" * (len(rates) > 2 and lr in (min(rates), max(rates)))
             lines[-1].append(_cell(text))
-    return _grid("", (f"<th>{h}</th>" for h in ("Model", *(f"{lr:g}" for lr in rates))), lines) if lines else ""
+    return grid("", (f"<th>{h}</th>" for h in ("Model", *(f"{lr:g}" for lr in rates))), lines) if lines else ""
 
 
-def _shown(page: Page, kind: str) -> list[tuple[int, str, dict[str, Any]]]:
-    return [(i, r["model"], r["shown"]) for i, r in enumerate(page.rows) if r.get("shown") and r["shown"]["kind"] == kind]
-
-
-def _texts(page: Page) -> str:
-    return "".join(f'<div>{_name(i, model)}<pre><span class="prompt">{esc(s["prompt"])}</span>'
-                   f'{esc(s["text"].removeprefix(s["prompt"]))}</pre></div>' for i, model, s in _shown(page, "text"))
-
-
-def _images(page: Page) -> str:
-    """Columns are the samples, rows the models; empty where nothing was shown."""
-    lines, shown = [], _shown(page, "images")
-    for i, model, s in shown:
-        asked = [*zip(s["predicted"], s["truth"], s["confidence"], strict=True)]
-        cells = [f'<td class="guess{" miss" * (p != t)}" title="{esc(f"says {p}, is {t}, {c:.0%} sure")}">{"× " * (p != t)}'
-                 f'{esc(p)}<span class="sure"><i style="width:{c:.0%}"></i></span></td>' for p, t, c in asked]
-        right = sum(p == t for p, t, _ in asked)
-        lines.append([_cell(_name(i, model)), *cells, f'<td class="soft">{right} of {len(asked)}</td>'])
-    heads = [f'<th><img alt="" src="data:image/png;base64,{esc(png)}">{esc(truth)}</th>'
-             for png, truth in zip(shown[0][2]["images"], shown[0][2]["truth"], strict=True)] if shown else []
-    return _grid("sample", ["<th>Truth</th>", *heads, "<th>Right</th>"], lines) if shown else ""
+def _shown(page: Page) -> str:
+    """What the models showed, a section a kind; `shown/KIND.py` draws it: HEADING, ABOUT (HTML) and draw(page, found)."""
+    kinds = dict.fromkeys(r["shown"]["kind"] for r in page.rows if r.get("shown"))
+    sections = []
+    for kind in kinds:
+        found = [(i, r["model"], r["shown"]) for i, r in enumerate(page.rows) if (r.get("shown") or {}).get("kind") == kind]
+        room = import_module(f".shown.{kind}", __package__)
+        sections.append(f'<section class="shown">\n<h2>{room.HEADING}</h2>\n<p class="soft">{room.ABOUT}</p>\n'
+                        f"{room.draw(page, found)}\n</section>\n")
+    return "\n".join(sections)

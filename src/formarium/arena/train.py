@@ -21,7 +21,7 @@ from ..core.errors import DoesNotFit, FormariumError
 from ..core.macs import count_macs
 from ..core.model import Model, count_parameters
 from ..core.registry import split_name
-from ..tasks.base import Task
+from ..tasks.base import Task, share
 from ..tasks.registry import get_task
 from .config import RunConfig, checked, claim_folder, read_json, write_json
 from .machine import describe_machine
@@ -150,10 +150,9 @@ class Run:
             begun = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(progress, c.lr, c.warmup)
-            batch = self.task.train_batch(c.seed, self.step, c.batch_size)
-            x, y = (t[rank::world].to(device) for t in batch)
+            batch = share(self.task.train_batch(c.seed, self.step, c.batch_size), rank, world, device)
             with self.accelerator.autocast():
-                loss = self.task.loss(wrapped, (x, y))
+                loss = self.task.loss(wrapped, batch)
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(params, c.clip)
             optimizer.step()

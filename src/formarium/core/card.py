@@ -23,7 +23,8 @@ class Card:
     """The librarian's card of a system.
 
     kind: what the file exports ("backbone", "language", ... for models; "mixer", "channel", "norm", "residual",
-    "position" for parts); variants: preset -> Published, the first is the default; hosts: for a part, models it is
+    "position" for parts; "transform", "objective", "explanation" for what acts on models); variants: preset -> Published,
+    the first is the default; hosts: for a part, models it is
     tested on; can: properties that tests hold it to; exceptions: contract check -> why it does not hold here.
     """
 

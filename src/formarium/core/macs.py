@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -14,7 +15,7 @@ def _mv(matrix: tuple[int, ...], vector: tuple[int, ...], *args: Any, **kwargs: 
     return 2 * prod(matrix)
 
 
-def count_macs(model: nn.Module, example: Tensor) -> int:
+def count_macs(model: nn.Module, example: Any) -> int:
     """Multiply-accumulates of model(example), for the whole batch; the model and its device are left as they are.
 
     Counted: matrix products, convolutions, attention (the full N x M product, also where a mask hides half of it). Not
@@ -25,5 +26,5 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     meta = {name: torch.empty_like(t, device="meta") for name, t in tensors}
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
     with torch.no_grad(), counter:
-        functional_call(model, meta, (example.to("meta"),))
+        functional_call(model, meta, (tree_map_only(Tensor, lambda t: t.to("meta"), example),))
     return counter.get_total_flops() // 2

@@ -35,8 +35,11 @@ class Model(nn.Module):
     def encode(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
         raise TypeError(f"{type(self).__name__} must define encode")
 
-    def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Tensor:
-        """An input that the model takes, on the current default device; shape: of one sample, else what it is built for."""
+    def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Any:
+        """What `forward` takes as its first argument, on the current default device: a tensor, or a tuple or list of them.
+
+        shape: of one sample, else what the model is built for.
+        """
         raise TypeError(f"{type(self).__name__} must define example")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -21,6 +21,8 @@ from .errors import FormariumError, unknown
 
 PACKAGE = Path(__file__).resolve().parent.parent
 PART_KINDS = ("mixer", "channel", "norm", "residual", "position")
+METHODS = {"transform": "fm.apply(model, {!r})", "objective": "fm.pretrain('vit/nano', {!r})",
+           "explanation": "fm.explain(model, x, method={!r})"}  # kinds that act on models, and how
 
 _CARD = re.compile(r"^CARD = Card\(.*?^\)", re.MULTILINE | re.DOTALL)
 _PARTS = re.compile(r"^PARTS = \{.*?^\}", re.MULTILINE | re.DOTALL)
@@ -148,8 +150,9 @@ def split_name(name: str) -> tuple[Entry, str]:
     system, _, variant = name.partition("/")
     entry = find(system)
     variants = entry.card.variants
-    if not variant and variants:
-        variant = next(iter(variants))
+    if not variants:
+        raise FormariumError(f"{system} is no model: use {METHODS[entry.card.kind].format(system)}")
+    variant = variant or next(iter(variants))
     if variant not in variants:
         raise unknown(f"variant of {system}", variant, variants)
     return entry, variant
@@ -157,7 +160,8 @@ def split_name(name: str) -> tuple[Entry, str]:
 
 def list_models(pattern: str = "*", *, kind: str | None = None, domain: str | None = None, tag: str | None = None,
                 text: str | None = None) -> list[str]:
-    """Names "system/variant" that match: a glob, the card's kind, domain, a tag, a text in title, claim or tags."""
+    """Names "system/variant" that match, "system" where it has no models: a glob, the card's kind, domain, a tag, a text in
+    title, claim or tags."""
     names = []
     for entry in systems().values():
         c = entry.card
@@ -165,7 +169,7 @@ def list_models(pattern: str = "*", *, kind: str | None = None, domain: str | No
             continue
         if text is not None and text.lower() not in f"{entry.name} {c.title} {c.claim} {' '.join(c.tags)}".lower():
             continue
-        names += [f"{entry.name}/{v}" for v in c.variants]
+        names += [f"{entry.name}/{v}" for v in c.variants] or [entry.name]
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.split("/")[0], pattern)]
 
 

@@ -1,7 +1,7 @@
 """The one place that chooses how softmax attention is computed. No part and no paper picks a kernel.
 
-Measured on a 2-core AVX2 machine (`benchmarks/attention.py` re-measures): fused SDPA wins from about 64 tokens up;
-below, writing the product out is faster; a sliding window pays from about 1,024 tokens up.
+Measured on a 2-core AVX2 machine (`benchmarks/attention.py` re-measures): without a bias writing the product out is faster
+in training up to about 64 tokens; with a bias always, up to about 256; a sliding window pays from about 1,024 tokens up.
 """
 
 import math
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 EXPLICIT_TOKENS = 64  # windows of at most this many tokens are written out, on CPU
+BIASED_TOKENS = 256  # the same with a bias: fused attention falls back to a slower form then
 BANDED_TOKENS = 1024  # sequences of at least this many tokens use the banded form of a sliding window
 CHUNK_TOKENS = 1024  # of them the banded form works on at a time
 
@@ -35,24 +36,25 @@ def attend(q: Float[Tensor, "*b h n d"], k: Float[Tensor, "*b hk m d"], v: Float
     n, m = q.shape[-2], k.shape[-2]
     if window is not None and window >= max(n, m):
         window = None
-    if window is not None and n == m >= BANDED_TOKENS and 4 * window <= n and bias is None and mask is None:
+    if window is not None and n == m >= BANDED_TOKENS and 4 * window <= n and bias is None and mask is None and q.ndim == 4:
         return _banded(q, k, v, window, causal, scale)
     if window is not None or (causal and (n != m or mask is not None or bias is not None)):
         if not (causal and window is None and n == 1):  # one new token sees every key
             seen = visible(n, m, causal, window, q.device)
             mask = seen if mask is None else mask & seen
         causal = False
-    if n * m <= EXPLICIT_TOKENS**2 and not causal and q.device.type == "cpu":
+    few = EXPLICIT_TOKENS if bias is None else BIASED_TOKENS
+    if n * m <= few**2 and not causal and q.device.type == "cpu":
         return _explicit(q, k, v, bias, mask, scale)
     if bias is not None and mask is not None:
         bias, mask = bias.masked_fill(~mask, -math.inf), None
-    seen = mask if bias is None else bias
+    added: Tensor | None = mask if bias is None else bias
+    leading = q.shape[:-3]
     if q.ndim > 4:  # the fused kernels take four axes
-        seen = None if seen is None else seen.expand(*q.shape[:-1], m).flatten(0, -4)
-        flat = (t.flatten(0, -4) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(*flat, attn_mask=seen, is_causal=causal and n > 1, scale=scale)
-        return out.unflatten(0, q.shape[:-3])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal and n > 1, scale=scale)
+        added = None if added is None else added.expand(*q.shape[:-1], m).flatten(0, -4)
+        q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal and n > 1, scale=scale)
+    return out.unflatten(0, leading) if len(leading) > 1 else out
 
 
 def visible(n: int, m: int, causal: bool, window: int | None, device: torch.device | None = None) -> Bool[Tensor, "n m"]:
@@ -104,7 +106,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool, scale: f
 def _with_neighbours(chunks: Sequence[Tensor], i: int, behind: int, ahead: int) -> Tensor:
     """Chunk i (B, N, D) with the last tokens of the one before it and the first of the next, or zeros."""
     own = chunks[i]
-    before = chunks[i - 1][:, -behind:] if i else own.new_zeros(own.shape[0], behind, own.shape[2])
+    before = chunks[i - 1][:, chunks[i - 1].shape[1] - behind:] if i else own.new_zeros(own.shape[0], behind, own.shape[2])
     after = chunks[i + 1][:, :ahead] if i + 1 < len(chunks) else own[:, :0]
     missing = own.new_zeros(own.shape[0], ahead - after.shape[1], own.shape[2])
     return torch.cat((before, own, after, missing), dim=1)

@@ -48,7 +48,7 @@ class Attention(Part):
             raise DoesNotFit(f"{position.name} is added to the tokens, attention takes a position that works on scores; "
                              "give it to the model (position=), or take 'rotary'")
         self.heads, self.causal, self.window = heads, causal, window
-        self.position = None if position is None else position(head_dim(dim, heads), heads)
+        self.position = None if position is None else position.offer(place=place)(head_dim(dim, heads), heads)
         head_dim(dim, heads)
         self.qkv = linear(dim, 3 * dim, bias=bias)
         self.proj = linear(dim, dim, bias=bias)

@@ -29,7 +29,10 @@ class AbsolutePosition(nn.Module):
 
 
 class ScorePosition(nn.Module):
-    """Works inside a mixer that forms scores of queries and keys. Built as position(head_dim, heads), one a layer."""
+    """Works inside a mixer that forms scores of queries and keys. Built as position(head_dim, heads), one a layer.
+
+    One that must know its layer has an option `place`, which the mixer offers.
+    """
 
     undecayed: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ from ..core.errors import BadData, DoesNotFit
 from ..core.model import Model
 
 SPLITS = ("train", "val", "test")
+Batch = tuple[Any, ...]  # inputs and targets: tensors, tuples of them, or lists of samples whose shapes differ
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Task:
         """Options for `create_model` that make a model fit this data (classes, channels, image size, vocabulary)."""
         raise TypeError(f"{type(self).__name__} must define model_options")
 
-    def train_batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+    def train_batch(self, seed: int, step: int, batch_size: int) -> Batch:
         """Inputs and targets of one step."""
         raise TypeError(f"{type(self).__name__} must define train_batch")
 
-    def loss(self, model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The training loss of a batch, a scalar."""
         raise TypeError(f"{type(self).__name__} must define loss")
 
@@ -57,9 +58,8 @@ class Task:
         raise TypeError(f"{type(self).__name__} must define evaluate")
 
     def show(self, model: Model) -> dict[str, Any]:
-        """Something a person can look at, JSON: {"kind": "images", "images": [PNG in base64], "truth": [...],
-        "predicted": [...], "confidence": [...]} or {"kind": "text", "prompt": "...", "text": "..."}; the same samples
-        for every model."""
+        """Something a person can look at, the same samples for every model: JSON with a "kind", which `arena/shown/KIND.py`
+        draws, e.g. {"kind": "text", "prompt": "...", "text": "..."}."""
         raise TypeError(f"{type(self).__name__} must define show")
 
     def check_fits(self, model: torch.nn.Module, name: str) -> None:
@@ -71,6 +71,16 @@ class Task:
         if counted != self.info.sizes[split]:
             raise BadData(f"{self.name}: {counted} samples of the {split} split were evaluated, "
                           f"it has {self.info.sizes[split]}")
+
+
+def share(batch: Any, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> Any:
+    """The samples of process `rank` of `world`, on its device. Tuples hold the parts of a batch; a tensor's first axis, or
+    a list, holds the samples (a list where their shapes differ)."""
+    if isinstance(batch, tuple):
+        return tuple(share(part, rank, world, device) for part in batch)
+    if isinstance(batch, list):
+        return [sample.to(device) for sample in batch[rank::world]]
+    return batch[rank::world].to(device)
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:

@@ -30,6 +30,12 @@ TASKS = {
     "wikitext2": Entry("language", "wikitext2", "language",
                        "bytes of WikiText-2's validation and test parts, 2.4 MB; downloaded"),
     "text": Entry("language", "text", "language", "bytes of your text, a file or a folder of .txt; option context", True),
+    "etth1": Entry("forecast", "etth1", "series", "7 hourly series of a transformer; downloaded; options context, horizon"),
+    "etth2": Entry("forecast", "etth2", "series", "another transformer, as etth1; downloaded; options context, horizon"),
+    "exchange": Entry("forecast", "exchange", "series", "8 daily exchange rates; downloaded; options context, horizon"),
+    "temperatures": Entry("forecast", "temperatures", "series",
+                          "hourly temperatures of two cities, inside vega-datasets; options context, horizon"),
+    "csv": Entry("forecast", "csv", "series", "your table, a row a step; options context, horizon", True),
 }
 
 

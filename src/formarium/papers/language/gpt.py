@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...core.card import Card, Published
+from ...core.errors import DoesNotFit
 from ...core.keys import TRANSPOSE, UNSQUEEZE, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
@@ -49,20 +50,25 @@ CARD = Card(
 class GPT(Decoder):
     """ids (B, N) -> logits (B, N, vocab).
 
-    mixer must have a causal form; position is added to the tokens ("learned", "none") or given to the mixer ("rotary").
+    mixer must have a causal form; several take turns, layer i has number i modulo their count (hybrids).
+    position is added to the tokens ("learned", "none") or given to every mixer ("rotary").
     init_std: of the linear layers; None: Xavier, which small widths need. bias: of the projections and norms.
     drop_path: of the last layer, growing linearly from zero.
     """
 
     def __init__(self, *, vocab: int = 256, context: int = 256, dim: int = 64, depth: int = 4, heads: int = 4,
                  bias: bool = True, tie: bool = True, drop_path: float = 0.0, init_std: float | None = None,
-                 mixer: Spec[Part] = spec(Attention), channel: Spec[Part] = spec(Mlp),
+                 mixer: Spec[Part] | tuple[Spec[Part], ...] = spec(Attention), channel: Spec[Part] = spec(Mlp),
                  norm: Spec[nn.Module] = spec(LayerNorm, eps=1e-5), residual: Spec[Residual] = spec(PreNorm),
                  position: Spec[Any] = spec(LearnedPosition)) -> None:
-        mixer = mixer.require("in a language decoder no token may see a later one", causal=True)
-        mixer, position = seat(position, mixer.offer(heads=heads, bias=bias, length=context))
+        why = "in a language decoder no token may see a later one"
+        seats = [seat(position, one.require(why, causal=True).offer(heads=heads, bias=bias, length=context))
+                 for one in ((mixer,) if isinstance(mixer, Spec) else mixer)]
+        if not seats:
+            raise DoesNotFit("expected one mixer, or several that take turns, got none")
+        mixers, position = [one for one, _ in seats], seats[0][1]
         norm = norm.offer(bias=bias)
-        stack = Stack(dim, depth, {"mixer": mixer, "channel": channel.offer(bias=bias)},
+        stack = Stack(dim, depth, {"mixer": mixers, "channel": channel.offer(bias=bias)},
                       residual.offer(norm=norm, drop_path=drop_path))
         super().__init__(vocab, context, stack, position=position, norm=norm, tie=tie)
         restart_linears(stack, init_std)

@@ -1,0 +1,24 @@
+"""Classified images: columns are the samples, rows the models."""
+
+from ..html import grid, model_name
+from ..plots import Found, Page
+from ..words import esc
+
+HEADING = "The same images, seen by every model"
+ABOUT = ("The truth is under each image, the answer of each model below it, from its first run that finished. A wrong "
+         "answer has a &times; and a tinted ground. The bar is the model's confidence.")
+
+
+def draw(page: Page, found: Found) -> str:
+    lines = []
+    for i, model, s in found:
+        asked = [*zip(s["predicted"], s["truth"], s["confidence"], strict=True)]
+        cells = [f'<td class="guess{" miss" * (p != t)}" title="{esc(f"says {p}, is {t}, {c:.0%} sure")}">{"× " * (p != t)}'
+                 f'{esc(p)}<span class="sure"><i style="width:{c:.0%}"></i></span></td>' for p, t, c in asked]
+        right = sum(p == t for p, t, _ in asked)
+        lines.append([f"<td>{model_name(i, model)}</td>", *cells, f'<td class="soft">{right} of {len(asked)}</td>'])
+    first = found[0][2]
+    heads = [f'<th><img alt="" src="data:image/png;base64,{esc(png)}">{esc(truth)}</th>'
+             for png, truth in zip(first["images"], first["truth"], strict=True)]
+    table = grid("sample", ["<th>Truth</th>", *heads, "<th>Right</th>"], lines)
+    return f'<div class="scroll" tabindex="0">{table}</div>'
