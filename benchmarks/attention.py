@@ -1,11 +1,10 @@
 """How softmax attention is best computed: where `attend` chooses, this measures whether it chooses well.
 
-    python benchmarks/attention.py [window] [packed] [explicit] [linear] [--rounds N] [--markdown]
+    python benchmarks/attention.py [window] [packed] [explicit] [--rounds N] [--markdown]
 
 window: a sliding window of 256 tokens in bands, against full attention and against the window as a mask.
 packed: sequences of unequal length in one packed row, against a padded batch with a key mask, in a stack of BERT-base's
-width. explicit: small windows with the product written out, against fused SDPA. linear: causal linear attention (as in
-cosFormer) against causal SDPA.
+width. explicit: small windows with the product written out, against fused SDPA.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from formarium.parts import attend as choices
 from formarium.parts.attend import attend, visible
 from formarium.parts.attention import Attention
 from formarium.parts.channel import Mlp
-from formarium.parts.linear import causal_linear_attention
 from formarium.parts.residual import PreNorm
 from formarium.skeletons.stack import Stack
 
@@ -121,23 +119,7 @@ def explicit(rounds: int) -> Iterator[tuple[Row, Row]]:
                                difference)
 
 
-def linear(rounds: int) -> Iterator[tuple[Row, Row]]:
-    for n in (512, 1024, 2048, 4096, 8192):
-        q, k, v = qkv(1, HEADS, n, HEAD_DIM)
-
-        def features(x: Tensor) -> Tensor:
-            angle = torch.linspace(0, torch.pi / 2, x.shape[2])[:, None]
-            return torch.cat((x.relu() * angle.sin(), x.relu() * angle.cos()), dim=-1)
-
-        functions = {
-            "linear": lambda q=q, k=k, v=v: causal_linear_attention(features(q), features(k), v)[0],
-            "SDPA": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        }
-        # another function than softmax: there is no difference to report
-        yield from compare({"tokens": n}, functions, (q, k, v), max(3, rounds * 1024 // n), "linear", 0.0)
-
-
-PARTS = {"window": window, "packed": packed, "explicit": explicit, "linear": linear}
+PARTS = {"window": window, "packed": packed, "explicit": explicit}
 
 
 def main() -> None:

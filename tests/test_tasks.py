@@ -94,7 +94,7 @@ class Bigram(nn.Module):
 def test_a_model_of_the_domain_trains_on_it_and_is_evaluated(task):
     model = fm.create_model(HOST[task.domain], **task.model_options())
     task.check_fits(model, "host")
-    inputs, targets = task.train_batch(0, 0, 2)
+    inputs, targets, *_ = task.train_batch(0, 0, 2)
     x = model.example(2)
     assert x.shape == inputs.shape
     assert x.dtype == inputs.dtype
@@ -344,8 +344,9 @@ def test_training_windows_are_of_the_training_split_and_reach_both_ends():
     train = torch.arange(100, dtype=torch.uint8)
     other = torch.full((20,), 200, dtype=torch.uint8)
     task = NextByte("made up", Text({"train": train, "val": other, "test": other}, HERE), context=8)
-    x, y = task.train_batch(0, 0, 4000)
-    assert x.shape == y.shape == (4000, 8)
+    x, y, before = task.train_batch(0, 0, 4000)
+    assert x.shape == y.shape == before.shape == (4000, 8)
+    assert torch.equal(torch.cat((before, x), dim=1), (x[:, :1] + torch.arange(-8, 8)) % 100)  # the text is a ring there
     assert torch.equal(x + 1, y)
     assert torch.equal(x[:, :-1], y[:, 1:] - 2)
     assert x.min() == 0
@@ -403,7 +404,7 @@ def test_listing_needs_no_torch():
 def test_tasks_are_listed_as_they_are_written():
     assert len(describe_tasks()) == len(list_tasks())
     assert [n.partition(":")[0] for n in describe_tasks()] == list_tasks()
-    assert {n for n in describe_tasks() if ":" in n} == {f"{n}:PATH" for n, e in TASKS.items() if e.path}
+    assert {n for n in describe_tasks() if ":" in n} == {f"{n}:PATH" for n, e in TASKS.items() if e.path and not e.pathless}
     assert fm.get_task("digits").name in fm.list_tasks()
 
 

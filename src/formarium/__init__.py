@@ -20,8 +20,10 @@ _PUBLIC = {
     "Part": "core.part", "Resample": "core.part", "Residual": "core.part",
     "Model": "core.model", "Feature": "core.model",
     "load": "core.checkpoint", "save": "core.checkpoint",
+    "apply": "core.transform", "list_transforms": "core.transform",
+    "explain": "arena.explanations", "Explanation": "arena.explanations",
     "FormariumError": "core.errors",
-    "compare": "arena.compare", "train": "arena.train",
+    "compare": "arena.compare", "train": "arena.train", "pretrain": "arena.pretrain",
     "list_tasks": "tasks.registry", "get_task": "tasks.registry",
 }
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .core.part import Part, Resample, Residual
     from .core.registry import add_module, card, list_models, list_parts
     from .core.spec import Spec, spec
+    from .core.transform import apply, list_transforms
 
 __all__ = sorted(_PUBLIC)
 

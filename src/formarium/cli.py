@@ -19,6 +19,7 @@ Modules = Annotated[list[Path], typer.Option("--module", help="A Python file of 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Steps = Annotated[int | None, typer.Option(help="Budget: optimiser steps of a run (default 300).")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the results; the same call resumes it.")]
+Init = Annotated[Path | None, typer.Option("--init", help="Start from this file's weights; the head is new.")]
 Seconds = Annotated[float | None, typer.Option(help="Budget: seconds of training of a run.")]
 Flops = Annotated[float | None, typer.Option(help="Budget: floating point operations of a run.")]
 
@@ -111,7 +112,7 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
     if rows:
         out.print(f"  model = fm.create_model('{entry.name}/{only or next(iter(c.variants))}')", markup=False)
     if c.kind in METHODS:
-        out.print(f"  {METHODS[c.kind].format(entry.name)}", markup=False)
+        out.print(f"  {METHODS[c.kind].format(entry.name, c.hosts[0])}", markup=False)
     if entry.is_part:
         for host in c.hosts:
             out.print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
@@ -219,6 +220,7 @@ def train(
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
     compiled: Annotated[bool, typer.Option("--compile")] = False,
+    init: Init = None,
     folder: Out = None,
     as_json: Json = False,
     module: Modules = [],  # noqa: B006
@@ -233,14 +235,131 @@ def train(
         bars.begin(model, lr, seed)
         found = arena.train(model, task, out=folder, watch=bars.step, lr=lr, seed=seed, batch_size=batch_size,
                             weight_decay=weight_decay, precision=precision, grad_checkpointing=grad_checkpointing,
-                            compile=compiled, **_recipe(steps=steps, seconds=seconds, flops=flops))
+                            compile=compiled, **_recipe(steps=steps, seconds=seconds, flops=flops, init=init))
     if as_json:
         print(json.dumps({k: v for k, v in found.items() if k != "shown"}, indent=1))
         return
+    _print_init(found, init)
     metrics = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found["test"].items())
     out.print(f"test: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\n"
               f"weights: {found['folder']}/last.safetensors, best.safetensors (best on validation)",
               markup=False, soft_wrap=True)
+
+
+@app.command()
+def apply(
+    source: Annotated[str, typer.Argument(help="A model's name, or a file of ours.")],
+    transforms: Annotated[list[str], typer.Argument(help="Applied in order, e.g. 'zero_tprune(keep=0.7)' llm_int8")],
+    file: Annotated[Path, typer.Option("--out", help="Where the transformed model is written (.safetensors).")],
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Transform a model, say what changed, and write it; formarium list --kind transform names the transforms."""
+    _add(module)
+    from .core.build import create_model
+    from .core.checkpoint import load, save
+    from .core.model import Model
+    from .core.transform import apply, size
+
+    model = load(source) if Path(source).is_file() else create_model(source)
+    assert isinstance(model, Model)
+    rows = {"before": size(model)}
+    for transform in transforms:
+        model = apply(model, transform, copy=False)
+        rows[transform] = size(model)
+    save(model, file)
+    if as_json:
+        print(json.dumps({"file": str(file), "sizes": rows}, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("model")
+    for head in rows["before"]:
+        table.add_column(head, justify="right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{n:,}" for n in row.values()))
+    out.print(table)
+    out.print(f"\nwritten: {file}", markup=False, soft_wrap=True)
+
+
+def _print_init(found: dict[str, Any], init: Path | None) -> None:
+    if "init" in found:
+        told = found["init"]
+        out.print(f"started from {init}: {told['taken']} of {told['of']} tensors"
+                  + (f"; new: {', '.join(told['left'][:4])}{', ...' * (len(told['left']) > 4)}" if told["left"] else ""),
+                  markup=False, soft_wrap=True)
+
+
+@app.command()
+def pretrain(
+    model: Annotated[str, typer.Argument(help="A name, with options: vit/nano")],
+    objective: Annotated[str, typer.Argument(help="A name, with options: 'droppos(pos_ratio=0.5)'")],
+    task: Annotated[str, typer.Option(help="Its inputs are used. See: formarium list --tasks")] = "mnist5k",
+    steps: Steps = None,
+    seconds: Seconds = None,
+    flops: Flops = None,
+    lr: Annotated[float, typer.Option()] = 1e-3,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    weight_decay: Annotated[float, typer.Option()] = 0.05,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
+    grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
+    init: Init = None,
+    folder: Out = None,
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Pretrain a model under an objective, without labels; `train --init` goes on from the encoder that it leaves."""
+    _add(module)
+    from .arena.pretrain import pretrain as run
+    from .progress import Bars
+
+    with Bars(quiet=as_json) as bars:
+        bars.plan(1)
+        bars.begin(f"{model} {objective}", lr, seed)
+        found = run(model, objective, task, out=folder, watch=bars.step, lr=lr, seed=seed, batch_size=batch_size,
+                    weight_decay=weight_decay, precision=precision, grad_checkpointing=grad_checkpointing,
+                    **_recipe(steps=steps, seconds=seconds, flops=flops, init=init))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    _print_init(found, init)
+    metrics = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found["val"].items())
+    out.print(f"validation: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\nencoder: {found['encoder']}\n"
+              f"go on: formarium train {model} --task {task} --init {found['encoder']}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A file of ours, or a name.")],
+    image: Annotated[Path, typer.Argument(help="A picture; it is brought to the model's size.")],
+    method: Annotated[str, typer.Option(help="transformer_attribution, rollout, raw_attention, grad_cam, gradient, ...")]
+    = "transformer_attribution",
+    target: Annotated[int | None, typer.Option(help="A class; else the one that the model says.")] = None,
+    task: Annotated[str | None, typer.Option(help="What the model was trained on: its normalisation, its classes' names.")]
+    = None,
+    picture: Annotated[Path, typer.Option("--out", help="The PNG that is written.")] = Path("explanation.png"),
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Which part of a picture made the answer: writes the picture beside its relevance."""
+    _add(module)
+    from .arena.explanations import explain_image, overlay
+    from .core.build import create_model
+    from .core.checkpoint import load
+    from .core.errors import DoesNotFit
+    from .tasks.classify import Classify
+    from .tasks.registry import get_task
+
+    trained_on = None if task is None else get_task(task)
+    if trained_on is not None and not isinstance(trained_on, Classify):
+        raise DoesNotFit(f"pictures are explained of classifiers; {task} is of the domain {trained_on.domain!r}")
+    built: Any = load(model) if Path(model).is_file() else create_model(model).eval()
+    found, pixels = explain_image(built, image, target=target, method=method, task=trained_on)
+    k = int(found.target[0])
+    name = f"class {k}" + (f" ({trained_on.data.classes[k]})" if trained_on else "")
+    sure = f"{name}, probability {found.logits[0].softmax(0)[k]:.0%}"
+    overlay(pixels, found, picture, f"{built.recipe['name']}: {sure}")
+    told = "" if Path(model).is_file() else "; the model is untrained, so this says nothing: give a trained file"
+    out.print(f"{sure}{told}\nwritten: {picture}", markup=False, soft_wrap=True)
 
 
 def main() -> None:

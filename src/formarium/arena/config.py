@@ -43,12 +43,20 @@ class Recipe(BaseModel):
 
 
 class RunConfig(Recipe):
-    """One model on one task with one seed and learning rate."""
+    """One model on one task with one seed and learning rate. init: the file it starts from, and what was in it."""
 
     model: str
     task: str
     lr: float = Field(1e-3, gt=0)
     seed: int = Field(0, ge=0)
+    init: str | None = None
+    init_sha256: str | None = None
+
+
+class PretrainConfig(RunConfig):
+    """One model under one objective, on the inputs of a task."""
+
+    objective: str
 
 
 class CompareConfig(Recipe):

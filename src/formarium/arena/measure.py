@@ -19,7 +19,7 @@ def peak_memory(model: Model, task: Task, batch_size: int) -> int:
     """Bytes at the highest point of a training step: weights, gradients, optimiser state, activations. Trains the model."""
     device = next(model.parameters()).device
     batch = share(task.train_batch(0, 0, batch_size), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     model.train()
 
     def step() -> None:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..core.build import create_model, parse_name
+from ..core.build import create_model, parse_name, split_transforms
 from ..core.checkpoint import save
 from ..core.errors import DoesNotFit, FormariumError
 from ..core.macs import count_macs
@@ -24,6 +24,7 @@ from ..core.registry import split_name
 from ..tasks.base import Task, share
 from ..tasks.registry import get_task
 from .config import RunConfig, checked, claim_folder, read_json, write_json
+from .initial import take_weights, with_fingerprint
 from .machine import describe_machine
 
 SAVE_EVERY = 30.0  # seconds between saved states
@@ -35,15 +36,20 @@ class Diverged(FormariumError):
 
 
 def build_for(name: str, task: Task, **changes: Any) -> Model:
-    """A model by name, made to fit a task's classes, channels, image size or vocabulary."""
+    """A model by name, made to fit a task's classes, channels, image size or vocabulary, that does the task."""
+    model = build_on(name, task, **changes)
+    task.check_fits(model, name)
+    return model
+
+
+def build_on(name: str, task: Task, **changes: Any) -> Model:
+    """A model by name, made to fit a task's data."""
     base, options = parse_name(name)
-    entry, _ = split_name(base)
+    entry, _ = split_name(split_transforms(base)[0])
     if entry.card.domain != task.domain and not entry.is_part:
         raise DoesNotFit(f"the task {task.name} needs models of the domain {task.domain!r}; {entry.name} is of "
                          f"{entry.card.domain!r}; see: formarium list --domain {task.domain}")
-    model = create_model(base, **(task.model_options() | options | changes))
-    task.check_fits(model, name)
-    return model
+    return create_model(base, **(task.model_options() | options | changes))
 
 
 def rate_at(progress: float, lr: float, warmup: float) -> float:
@@ -80,7 +86,12 @@ def stoppable() -> Iterator[Stop]:
 
 
 class Run:
-    """One training run in a folder: run.json, metrics.jsonl, state-N (to resume), best and last weights, result.json."""
+    """One training run in a folder: run.json, metrics.jsonl, state-N (to resume), best and last weights, result.json.
+
+    `build`, `loss`, `score`, `found` and `weights` say what is trained, and on what: here a model on its task.
+    """
+
+    last = "last.safetensors"
 
     def __init__(self, config: RunConfig, folder: Path, task: Task | None = None, watch: Watch | None = None) -> None:
         self.config, self.folder, self.watch = config, folder, watch
@@ -92,6 +103,7 @@ class Run:
         if config.batch_size % world:
             raise DoesNotFit(f"a batch of {config.batch_size} does not divide among {world} processes")
         self.step, self.seconds, self.best = 0, 0.0, -math.inf
+        self.init: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run found; None while it is not finished."""
@@ -102,10 +114,11 @@ class Run:
         """Goes on where the folder's last state was. Ctrl-C leaves a state behind; a run that diverged raises Diverged."""
         done = self.result()
         if done is not None:
+            claim_folder(self.folder, "run.json", self.config, {})
             return done
         main = self.accelerator.is_main_process
         torch.manual_seed(self.config.seed)
-        model = build_for(self.config.model, self.task)  # first, so that a wrong name leaves no folder
+        model = self.build()  # first, so that a wrong name leaves no folder
         if main:
             claim_folder(self.folder, "run.json", self.config, {"machine": describe_machine(self.accelerator.device)})
         model.set_grad_checkpointing(self.config.grad_checkpointing)
@@ -119,10 +132,10 @@ class Run:
         try:
             with stoppable() as stop:
                 self._loop(model, wrapped, optimizer, steps, log, stop)
-            result = {"status": "done", "test": self.task.evaluate(model.eval(), "test"), "shown": self.task.show(model),
-                      "steps": self.step, "seconds": self.seconds, "parameters": count_parameters(model)}
+            result = {"status": "done", **self.found(model.eval()), "steps": self.step, "seconds": self.seconds,
+                      "parameters": count_parameters(self.weights(model))} | self.init
             if main:
-                save(model, self.folder / "last.safetensors")
+                save(self.weights(model), self.folder / self.last)
                 write_json(self.folder / "result.json", result)
                 self._drop_states()
         finally:
@@ -131,7 +144,31 @@ class Run:
             self.accelerator.free_memory()
         return result
 
-    def _steps(self, model: Model) -> float:
+    def build(self) -> Any:
+        """What is trained: a module that trains like a Model, with an `example`."""
+        model = build_for(self.config.model, self.task)
+        if self.config.init is not None:
+            self.init = {"init": take_weights(model, self.config.init)}
+        return model
+
+    def loss(self, wrapped: Any, batch: Any, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of one batch, with numbers for the log. progress: part of the budget that is done."""
+        return self.task.loss(wrapped, batch), {}
+
+    def score(self, model: Any) -> tuple[dict[str, float], float]:
+        """What the validation part says, and the one number of it that is to grow."""
+        found = self.task.evaluate(model, "val")
+        return found, found[self.task.metric] * (1 if self.task.higher_is_better else -1)
+
+    def found(self, model: Any) -> dict[str, Any]:
+        """What the result of a finished run says."""
+        return {"test": self.task.evaluate(model, "test"), "shown": self.task.show(model)}
+
+    def weights(self, model: Any) -> Model:
+        """The model that is saved."""
+        return model
+
+    def _steps(self, model: Any) -> float:
         """The budget in steps; infinite where it is in seconds."""
         c = self.config
         if c.flops is not None:
@@ -139,7 +176,7 @@ class Run:
             return max(1, int(c.flops / a_step))
         return c.steps if c.steps is not None else math.inf
 
-    def _loop(self, model: Model, wrapped: Any, optimizer: Any, steps: float, log: Any, stop: Stop) -> None:
+    def _loop(self, model: Any, wrapped: Any, optimizer: Any, steps: float, log: Any, stop: Stop) -> None:
         c, device = self.config, self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         log_every = 10 if steps == math.inf else max(1, int(steps) // 100)
@@ -152,7 +189,7 @@ class Run:
                 group["lr"] = rate_at(progress, c.lr, c.warmup)
             batch = share(self.task.train_batch(c.seed, self.step, c.batch_size), rank, world, device)
             with self.accelerator.autocast():
-                loss = self.task.loss(wrapped, batch)
+                loss, numbers = self.loss(wrapped, batch, progress)
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(params, c.clip)
             optimizer.step()
@@ -161,7 +198,8 @@ class Run:
             self.step += 1
             self.seconds += time.perf_counter() - begun
             if value is not None:
-                self._write(log, {"seconds": self.seconds, "loss": value, "lr": optimizer.param_groups[0]["lr"]})
+                self._write(log, {"seconds": self.seconds, "loss": value, "lr": optimizer.param_groups[0]["lr"]}
+                            | {k: v.item() for k, v in numbers.items() if v.isfinite()})
                 if not math.isfinite(value):
                     raise Diverged(f"the loss became {value} at step {self.step}")
                 if self.watch:
@@ -190,14 +228,13 @@ class Run:
             broadcast_object_list(progress)
         return min(1.0, progress[0])
 
-    def _evaluate(self, model: Model, log: Any) -> None:
+    def _evaluate(self, model: Any, log: Any) -> None:
         model.eval()
-        found = self.task.evaluate(model, "val")
+        found, score = self.score(model)
         self._write(log, {"seconds": self.seconds, "val": found})
-        score = found[self.task.metric] * (1 if self.task.higher_is_better else -1)
         if score > self.best and self.accelerator.is_main_process:
             self.best = score
-            save(model, self.folder / "best.safetensors")
+            save(self.weights(model), self.folder / "best.safetensors")
 
     def _write(self, log: Any, row: dict[str, Any]) -> None:
         if log:
@@ -255,8 +292,9 @@ def train(model: str, task: str = "mnist5k", *, out: str | Path | None = None, w
 
     settings: fields of RunConfig (steps or seconds or flops, lr, seed, batch_size, ...). out: the run's folder; the same
     call again resumes it, or gives the result if it is finished. best.safetensors and last.safetensors lie there.
+    init: a file whose tensors the model starts from, where names and shapes agree; its head is not taken.
     """
-    config = checked(RunConfig, model=model, task=task, **settings)
+    config = checked(RunConfig, model=model, task=task, **with_fingerprint(settings))
     assert isinstance(config, RunConfig)
     folder = Path(out) if out else Path("runs") / f"{slug(model)}-{slug(task)}-seed{config.seed}"
     return Run(config, folder, watch=watch).train() | {"folder": str(folder)}

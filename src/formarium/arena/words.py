@@ -4,7 +4,8 @@ import html
 import math
 import re
 
-SHARES = ("accuracy", "macro_f1")  # metrics shown in percent
+SHARES = ("accuracy", "macro_f1", "phoneme_error_rate", "word_accuracy", "miou", "pixel_accuracy",
+          "pq")  # metrics shown in percent
 
 
 def known(value: float | None) -> bool:

@@ -1,6 +1,7 @@
 """From a name to a model: `create_model("gpt/nano:mixer=cosformer", depth=6)`."""
 
 import ast
+import re
 from typing import Any
 
 from .errors import DoesNotFit, FormariumError, unknown
@@ -10,9 +11,33 @@ from .spec import Spec, from_json, spec, to_json
 
 
 def parse_name(text: str) -> tuple[str, dict[str, Any]]:
-    """"gpt/nano:mixer=cosformer,depth=4" -> ("gpt/nano", {"mixer": "cosformer", "depth": 4})."""
-    name, colon, rest = text.partition(":")
-    return name.strip(), _parse_options(rest, text) if colon else {}
+    """"gpt/nano:mixer=cosformer,depth=4" -> ("gpt/nano", {"mixer": "cosformer", "depth": 4}).
+
+    Transforms, which stand last, stay with the name: "vit/nano:depth=2+llm_int8" -> ("vit/nano+llm_int8", {"depth": 2}).
+    """
+    model, *transforms = split_transforms(text)
+    name, colon, rest = model.partition(":")
+    return "+".join([name.strip(), *transforms]), _parse_options(rest, text) if colon else {}
+
+
+def split_transforms(text: str) -> list[str]:
+    """"vit/nano:depth=2+zero_tprune(keep=0.7)+llm_int8" -> ["vit/nano:depth=2", "zero_tprune(keep=0.7)", "llm_int8"]."""
+    items = [""]
+    for piece in re.split(r"\+(?=\s*[A-Za-z_])", text):  # not the sign of an exponent
+        if items[-1].count("(") > items[-1].count(")"):
+            items[-1] += f"+{piece}"
+        else:
+            items.append(piece)
+    return [i.strip() for i in items[1:]]
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+    """"zero_tprune(keep=0.7)" -> ("zero_tprune", {"keep": 0.7}); options that take parts hold Specs."""
+    name, paren, rest = text.strip().partition("(")
+    if paren and not rest.endswith(")"):
+        raise FormariumError(f"cannot read {text!r}: a parenthesis is not closed, or something follows it; options of the "
+                             "model come before the first +")
+    return name.strip(), _resolve_all(_parse_options(rest.removesuffix(")"), text)) if paren else {}
 
 
 def _parse_options(text: str, whole: str) -> dict[str, Any]:
@@ -57,8 +82,7 @@ def _split(text: str) -> list[str]:
 
 def part(kind: str, text: str) -> Spec[Any]:
     """The part called `text` for an option of this kind, e.g. part("residual", "denseformer(dilation=4)")."""
-    name, paren, rest = text.partition("(")
-    name = name.strip()
+    name, options = parse_call(text)
     if name in named_parts()[kind]:
         module, class_name = named_parts()[kind][name]
         found = from_json({"spec": f"{module}:{class_name}", "options": {}})
@@ -66,9 +90,7 @@ def part(kind: str, text: str) -> Spec[Any]:
         found = find(name).module.PART
     else:
         raise unknown(kind, name, list_parts(kind))
-    if paren and not rest.rstrip().endswith(")"):
-        raise FormariumError(f"cannot read {text!r}: a parenthesis is not closed")
-    return found.but(**_resolve_all(_parse_options(rest.rstrip().removesuffix(")"), text))) if paren else found
+    return found.but(**options) if options else found
 
 
 def resolve(option: str, value: Any) -> Any:
@@ -101,19 +123,29 @@ def create_model(name: str, /, **changes: Any) -> Model:
     """A model by name, with any option of its constructor changed.
 
     create_model("swin/tiny", num_classes=10, img_size=64); create_model("gpt/nano", mixer="cosformer");
-    create_model("gpt/nano:mixer=cosformer"). Unknown names and options raise with the nearest valid ones.
+    create_model("gpt/nano:mixer=cosformer"); create_model("vit/nano+zero_tprune(keep=0.7)"), transformed. Unknown names and
+    options raise with the nearest valid ones.
     """
-    base, options = parse_name(name)
+    name, options = parse_name(name)
+    base, *transforms = split_transforms(name)
     options |= changes
     entry, variant = split_name(base)
     model = preset(base).but(**_resolve_all(options))()
     model.recipe = {"name": f"{entry.name}/{variant}", "changes": {k: to_json(v) for k, v in options.items()}}
+    from .transform import apply  # which reads names with what stands above
+
+    for transform in transforms:
+        apply(model, transform, copy=False)
     return model
 
 
 def from_recipe(recipe: dict[str, Any]) -> Model:
-    """The model, newly initialised, that a recipe describes."""
-    return create_model(recipe["name"], **{k: from_json(v) for k, v in recipe["changes"].items()})
+    """The model, newly initialised and transformed, that a recipe describes."""
+    from .transform import replay
+
+    model = create_model(recipe["name"], **{k: from_json(v) for k, v in recipe["changes"].items()})
+    return replay(model, recipe.get("transforms", []))
 
 
-__all__ = ["create_model", "from_recipe", "parse_name", "part", "preset", "resolve", "spec"]
+__all__ = ["create_model", "from_recipe", "parse_call", "parse_name", "part", "preset", "resolve", "spec",
+           "split_transforms"]

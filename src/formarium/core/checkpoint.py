@@ -4,6 +4,8 @@ A paper that reads foreign files has `KEYS` (layout -> KeyMap) and `settings(sta
 the constructor from the shapes of a converted state dict.
 """
 
+import copy
+import hashlib
 import inspect
 import json
 import pickle
@@ -12,7 +14,7 @@ import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,8 @@ from .errors import BadCheckpoint, FormariumError
 from .keys import Converted, KeyMap, State
 from .model import Model
 from .registry import find
-from .spec import Spec
+from .spec import Spec, option_names
+from .transform import apply, replay
 
 NESTED = ("state_dict", "model", "model_state_dict", "params_ema", "params", "ema", "module")
 
@@ -47,8 +50,14 @@ def write_atomically(path: str | Path, write: Any) -> None:
         raise
 
 
-def save(model: Model, path: str | Path) -> None:
-    """Writes weights and recipe to a safetensors file; `load` gives the same model back."""
+def save(model: Model, path: str | Path, *, only: Literal["trained"] | None = None) -> None:
+    """Writes weights and recipe to a safetensors file; `load` gives the same model back.
+
+    only="trained": what is trained (requires_grad), what transforms added, and a fingerprint of the rest, which
+    `load(path, base=...)` takes from the model that was adapted.
+    """
+    if only not in (None, "trained"):
+        raise FormariumError(f"only is 'trained' or None, not {only!r}")
     recipe = getattr(model, "recipe", None)
     if recipe is None:
         raise FormariumError("this model has no recipe, so a file could not say how to build it; "
@@ -57,29 +66,77 @@ def save(model: Model, path: str | Path) -> None:
 
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     metadata = {"format": "pt", "formarium": __version__, "recipe": json.dumps(recipe)}
+    if only:
+        kept = {k for k, p in model.named_parameters(remove_duplicate=False) if p.requires_grad} | _added(recipe)
+        if not kept:
+            raise FormariumError("nothing in this model is trained (requires_grad), so there is nothing to save of it")
+        metadata["frozen"] = _fingerprint({k: v for k, v in state.items() if k not in kept})
+        state = {k: v for k, v in state.items() if k in kept}
     write_atomically(path, lambda name: save_file(state, name, metadata))
 
 
+def _added(recipe: dict[str, Any]) -> set[str]:
+    """Names of the floating point tensors that the transforms of a recipe put into the model."""
+    with torch.device("meta"):
+        model = from_recipe({**recipe, "transforms": []})
+        before = dict(model.state_dict(keep_vars=True))
+        replay(model, recipe.get("transforms", []))
+    own = {id(t) for t in before.values()}
+    return {k for k, t in model.state_dict(keep_vars=True).items() if t.is_floating_point() and id(t) not in own}
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def load(source: str | Path | Mapping[str, Tensor], name: str | None = None, *, layout: str | None = None,
-         **options: Any) -> nn.Module:
+         base: Model | str | Path | None = None, **options: Any) -> nn.Module:
     """A model from our own file, or from a foreign file or state dict of the system `name`. Returned in eval mode.
 
     layout: one of the paper's KEYS, where several read it; options: constructor options that the tensors cannot tell
     (heads) or that you want otherwise. Every tensor must find its place, or BadCheckpoint says which did not.
+    base: for files that hold what was trained alone: the model (or its file) that was adapted; another one is refused.
     """
+    told: dict[str, str] = {}
     if isinstance(source, Mapping):
         state, recipe = dict(source), None
     else:
-        state, recipe = read(source)
+        state, recipe = read(source, told)
+    if (base is not None) != ("frozen" in told):
+        raise BadCheckpoint(f"{_called(source)} " + ("holds all weights: leave base= out" if base is not None else
+                            "holds only what was trained: give the model that was adapted, or its file, as base="))
     if recipe is not None:
         if name is not None and name.split("/")[0] != recipe["name"].split("/")[0]:
             raise BadCheckpoint(f"{source} holds {recipe['name']}, not {name}; leave the name out")
         model = from_recipe({**recipe, "changes": recipe["changes"] | options})
+        if base is not None:
+            state |= _frozen(model, state, told["frozen"], base, str(source))
         _fill(model, state, f"{source} ({recipe['name']})")
         return model.eval()
     if name is None:
         raise BadCheckpoint(f"{_called(source)} carries no recipe of ours: say whose it is, load(..., name='swin')")
     return _load_foreign(state, name.split("/")[0], layout, options).eval()
+
+
+def _frozen(model: Model, trained: State, fingerprint: str, base: Model | str | Path, what: str) -> State:
+    """The tensors of `model` that are not in the file, from the base, transformed as the file says."""
+    if not isinstance(base, Model):
+        given = load(base)
+        assert isinstance(given, Model)
+        base = given
+    done, wanted = (m.recipe.get("transforms", []) for m in (base, model))
+    rest: State = {}
+    if wanted[:len(done)] == done:
+        state = replay(copy.deepcopy(base), wanted[len(done):]).state_dict()
+        rest = {k: state[k].detach().cpu() for k in model.state_dict() if k in state and k not in trained}
+    if _fingerprint(rest) != fingerprint:
+        raise BadCheckpoint(f"{what} was trained on another base: the frozen weights of this {base.recipe['name']} are not "
+                            f"those of the {model.recipe['name']} that it adapts")
+    return rest
 
 
 def _called(source: object) -> str:
@@ -107,9 +164,13 @@ def _load_foreign(state: State, system: str, layout: str | None, options: dict[s
     if layouts[best].makes == "part":
         dim = merged.pop("dim")
         model = paper.PART.but(**{k: resolve(k, v) for k, v in merged.items()})(dim, Place())
-    else:
+    elif layouts[best].makes == "model":
         name, changes = _nearest_preset(system, merged)
         model = create_model(name, **changes)
+    else:  # a model that the transform `system` was applied to
+        own = {k: merged[k] for k in option_names(paper.TRANSFORM) if k in merged}
+        name, changes = _nearest_preset(layouts[best].makes, {k: v for k, v in merged.items() if k not in own})
+        model = apply(create_model(name, **changes), system, copy=False, **own)
     # again, now that the settings are known: some rules need them (heads)
     _fill(model, layouts[best].convert(state, merged).state, f"the {best} layout of {system}")
     return model
@@ -126,6 +187,7 @@ def _nearest_preset(system: str, options: dict[str, Any]) -> tuple[str, dict[str
         return defaults | dict(preset.options)
 
     presets = find(system).module.PRESETS
+    presets = {v: p for v, p in presets.items() if all(map(p.takes, options))} or presets  # they may differ in class
     best = min(presets, key=lambda variant: len(changes(variant)))
     return f"{system}/{best}", changes(best)
 
@@ -157,8 +219,11 @@ def _is_copy(name: str, state: State, own: Mapping[str, Tensor]) -> bool:
     return any(k in own and t.shape == tensor.shape and t.equal(tensor) for k, t in state.items() if k != name)
 
 
-def read(path: str | Path) -> tuple[State, dict[str, Any] | None]:
-    """The tensors of a .safetensors, .pth/.pt/.bin (weights only) or .npz file, and the recipe if it is ours."""
+def read(path: str | Path, told: dict[str, str] | None = None) -> tuple[State, dict[str, Any] | None]:
+    """The tensors of a .safetensors, .pth/.pt/.bin (weights only) or .npz file, and the recipe if it is ours.
+
+    told: takes up what else a file of ours says.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadCheckpoint(f"no file {path}")
@@ -170,10 +235,12 @@ def read(path: str | Path) -> tuple[State, dict[str, Any] | None]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {k: torch.from_numpy(arrays[k]) for k in arrays.files}, None
-        if head[:2] == b"PK" or head[:1] == b"\x80":
+        if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):  # safetensors: a length, then JSON
             return _unwrap(torch.load(path, map_location="cpu", weights_only=True), path), None
         with safe_open(path, framework="pt") as f:
             recipe = (f.metadata() or {}).get("recipe")
+            if told is not None and recipe:
+                told.update(f.metadata())
             return {k: f.get_tensor(k) for k in f.keys()}, _recipe(recipe) if recipe else None  # noqa: SIM118
     except BadCheckpoint:
         raise
@@ -189,7 +256,10 @@ def read(path: str | Path) -> tuple[State, dict[str, Any] | None]:
 def _recipe(text: str) -> dict[str, Any]:
     recipe = json.loads(text)
     if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) and isinstance(recipe.get("changes"), dict):
-        return recipe
+        transforms = recipe.get("transforms", [])
+        if isinstance(transforms, list) and all(isinstance(t, dict) and isinstance(t.get("name"), str) and
+                                                isinstance(t.get("settings"), dict) for t in transforms):
+            return recipe
     raise ValueError(f"its recipe is not one: {text[:60]}")
 
 

@@ -90,7 +90,8 @@ class Converted:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A table of rules. `makes` says whether the layout is of a whole "model" or of the paper's "part" alone."""
+    """A table of rules. `makes`: what the layout is of: a whole "model", the paper's "part" alone, or a model of the system
+    of that name after the paper's transform."""
 
     rules: tuple[Rule, ...]
     makes: str = "model"

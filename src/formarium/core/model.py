@@ -21,26 +21,8 @@ class FeatureInfo(NamedTuple):
     stride: int
 
 
-class Model(nn.Module):
-    """batch -> embed -> tokens, ctx -> encode -> tokens, ctx -> head -> answer.
-
-    `recipe` says how the model was made ({"name", "changes"}); `create_model` writes it, files carry it.
-    """
-
-    recipe: dict[str, Any]
-
-    def embed(self, batch: Tensor) -> tuple[Float[Tensor, "b n c"], Ctx]:
-        raise TypeError(f"{type(self).__name__} must define embed")
-
-    def encode(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
-        raise TypeError(f"{type(self).__name__} must define encode")
-
-    def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Any:
-        """What `forward` takes as its first argument, on the current default device: a tensor, or a tuple or list of them.
-
-        shape: of one sample, else what the model is built for.
-        """
-        raise TypeError(f"{type(self).__name__} must define example")
+class Trainable(nn.Module):
+    """What training asks of a model, or of an objective around one."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations; the gradients are the same."""
@@ -64,6 +46,28 @@ class Model(nn.Module):
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         groups: Iterable[tuple[bool, float]] = ((True, weight_decay), (False, 0.0))
         return [{"params": [p for n, p in named if decays(n, p) is yes], "weight_decay": wd} for yes, wd in groups]
+
+
+class Model(Trainable):
+    """batch -> embed -> tokens, ctx -> encode -> tokens, ctx -> head -> answer.
+
+    `recipe` says how the model was made ({"name", "changes"}); `create_model` writes it, files carry it.
+    """
+
+    recipe: dict[str, Any]
+
+    def embed(self, batch: Tensor) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        raise TypeError(f"{type(self).__name__} must define embed")
+
+    def encode(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        raise TypeError(f"{type(self).__name__} must define encode")
+
+    def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Any:
+        """What `forward` takes as its first argument, on the current default device: a tensor, or a tuple or list of them.
+
+        shape: of one sample, else what the model is built for.
+        """
+        raise TypeError(f"{type(self).__name__} must define example")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -1,9 +1,11 @@
 """The three plugs that papers fill: a part keeps the token set, a resample changes it, a residual wraps a part."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .ctx import Ctx, Place
 
@@ -46,6 +48,9 @@ class Residual(nn.Module):
         super().__init__()
         self.place, self.inner = place, inner
 
+    def start(self) -> None:
+        """The last word on the initial weights of `inner`, for schemes that say what they are."""
+
     def enter(self, x: Float[Tensor, "b n c"]) -> Any:
         return x
 
@@ -54,3 +59,18 @@ class Residual(nn.Module):
 
     def leave(self, state: Any) -> Float[Tensor, "b n c"]:
         return state
+
+    def run(self, layers: Sequence[Sequence[tuple["Residual", Ctx]]], state: Any, again: bool) -> Any:
+        """The state after these layers: sublayers in order, each with what it is told.
+
+        again: run each layer a second time in the backward pass instead of keeping its activations.
+        """
+        for layer in layers:
+            state = checkpoint(_through, layer, state, use_reentrant=False) if again else _through(layer, state)
+        return state
+
+
+def _through(layer: Sequence[tuple[Residual, Ctx]], state: Any) -> Any:
+    for sublayer, ctx in layer:
+        state = sublayer(state, ctx)
+    return state

@@ -21,8 +21,8 @@ from .errors import FormariumError, unknown
 
 PACKAGE = Path(__file__).resolve().parent.parent
 PART_KINDS = ("mixer", "channel", "norm", "residual", "position")
-METHODS = {"transform": "fm.apply(model, {!r})", "objective": "fm.pretrain('vit/nano', {!r})",
-           "explanation": "fm.explain(model, x, method={!r})"}  # kinds that act on models, and how
+METHODS = {"transform": "fm.apply(model, {0!r})", "objective": "fm.pretrain({1!r}, {0!r}, task=...)",
+           "explanation": "fm.explain(model, x, method={0!r})"}  # kinds that act on models: how, by name and first host
 
 _CARD = re.compile(r"^CARD = Card\(.*?^\)", re.MULTILINE | re.DOTALL)
 _PARTS = re.compile(r"^PARTS = \{.*?^\}", re.MULTILINE | re.DOTALL)
@@ -151,7 +151,7 @@ def split_name(name: str) -> tuple[Entry, str]:
     entry = find(system)
     variants = entry.card.variants
     if not variants:
-        raise FormariumError(f"{system} is no model: use {METHODS[entry.card.kind].format(system)}")
+        raise FormariumError(f"{system} is no model: use {METHODS[entry.card.kind].format(system, entry.card.hosts[0])}")
     variant = variant or next(iter(variants))
     if variant not in variants:
         raise unknown(f"variant of {system}", variant, variants)

@@ -1,14 +1,19 @@
-"""Softmax attention as a token mixer, and the two trivial mixers."""
+"""Softmax attention as a token mixer, among tokens and to those of an encoder; no mixing at all."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from ..core.ctx import Ctx, Place
 from ..core.errors import DoesNotFit
 from ..core.part import Part
 from ..core.spec import Spec
-from .attend import attend
+from .attend import attend, visible
 from .channel import linear
 from .position import ScorePosition
 
@@ -35,6 +40,35 @@ def join_heads(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n (h d)"]:
     return x.transpose(1, 2).flatten(2)
 
 
+class Seen(NamedTuple):
+    """What a call of softmax attention was computed from, for losses and explanations: the fused kernels keep no scores."""
+
+    q: Float[Tensor, "b h n d"]
+    k: Float[Tensor, "b h m d"]
+    v: Float[Tensor, "b h m d"]
+    bias: Float[Tensor, "..."] | None = None
+    mask: Bool[Tensor, "..."] | None = None  # True where a key may be seen
+
+    def log_probabilities(self) -> Float[Tensor, "b h n m"]:
+        """log softmax(q k^T / sqrt(d) + bias) over the keys that may be seen, in float32 or better; -inf at the others."""
+        scores = self.q @ self.k.transpose(-2, -1) * self.q.shape[-1] ** -0.5
+        if self.bias is not None:
+            scores = scores + self.bias
+        scores = scores if self.mask is None else scores.masked_fill(~self.mask, -math.inf)
+        return scores.log_softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+@contextmanager
+def watching(attention: nn.Module) -> Iterator[list[Seen]]:
+    """Within, each call of this `Attention` adds what it was computed from to the list, with its graph."""
+    seen: list[Seen] = []
+    attention.watch = seen.append  # type: ignore[assignment]
+    try:
+        yield seen
+    finally:
+        attention.watch = None  # type: ignore[assignment]
+
+
 class Attention(Part):
     """Multi-head softmax attention (Vaswani et al. 2017, arXiv 1706.03762).
 
@@ -48,6 +82,7 @@ class Attention(Part):
             raise DoesNotFit(f"{position.name} is added to the tokens, attention takes a position that works on scores; "
                              "give it to the model (position=), or take 'rotary'")
         self.heads, self.causal, self.window = heads, causal, window
+        self.watch: Callable[[Seen], None] | None = None  # set by `watching`
         self.position = None if position is None else position.offer(place=place)(head_dim(dim, heads), heads)
         head_dim(dim, heads)
         self.qkv = linear(dim, 3 * dim, bias=bias)
@@ -63,8 +98,45 @@ class Attention(Part):
                 k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
             ctx.cache.states[self.place] = k, v
         bias = None if self.position is None else self.position.bias(q.shape[2], k.shape[2], ctx)
+        if self.watch is not None:
+            self.watch(Seen(q, k, v, bias, self._visible(q.shape[2], k.shape[2], ctx, x.device)))
         x = attend(q, k, v, bias=bias, mask=ctx.mask, causal=self.causal, window=self.window, lengths=ctx.lengths)
         return self.proj(join_heads(x))
+
+    def _visible(self, n: int, m: int, ctx: Ctx, device: torch.device) -> Bool[Tensor, "..."] | None:
+        """The keys that each query may see, from all that hides some; None where nothing does."""
+        mask = visible(n, m, self.causal, self.window, device) if self.causal or self.window is not None else None
+        if ctx.lengths is not None:
+            row = torch.arange(len(ctx.lengths), device=device).repeat_interleave(torch.tensor(ctx.lengths, device=device))
+            same = row[:, None] == row
+            mask = same if mask is None else mask & same
+        return mask if ctx.mask is None else ctx.mask if mask is None else mask & ctx.mask
+
+
+class CrossAttention(Part):
+    """Queries from the tokens, keys and values from those of an encoder, ctx.memory (Vaswani et al. 2017, section 3.2.3).
+
+    The mask of the memory's own Ctx hides its padding. With a cache, keys and values are projected once and kept.
+    """
+
+    def __init__(self, dim: int, place: Place, *, heads: int = 4, bias: bool = True) -> None:
+        super().__init__(dim, place)
+        head_dim(dim, heads)
+        self.heads = heads
+        self.q = linear(dim, dim, bias=bias)
+        self.kv = linear(dim, 2 * dim, bias=bias)
+        self.proj = linear(dim, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
+        if ctx.memory is None:
+            raise DoesNotFit("cross attention needs the tokens of an encoder (ctx.memory), and here are none")
+        memory, told = ctx.memory
+        (q,) = split_heads(self.q(x), 1, self.heads)
+        kept = None if ctx.cache is None else ctx.cache.states.get(self.place)
+        k, v = split_heads(self.kv(memory), 2, self.heads) if kept is None else kept
+        if ctx.cache is not None:
+            ctx.cache.states[self.place] = k, v
+        return self.proj(join_heads(attend(q, k, v, mask=told.mask)))
 
 
 class Identity(Part):

@@ -81,6 +81,11 @@ class PatchEmbed(Resample):
         self.position = position(dim, tokens + int(class_token))
 
     def forward(self, x: Float[Tensor, "b c h w"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        x, ctx = self.tokens(x, ctx)
+        return self.position(x, ctx), ctx
+
+    def tokens(self, x: Float[Tensor, "b c h w"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
+        """The tokens before their positions are added."""
         check_images(x, self.in_chans)
         size = (x.shape[2], x.shape[3])
         if self.img_size is not None and size != self.img_size:
@@ -96,7 +101,7 @@ class PatchEmbed(Resample):
         if self.cls is not None:
             x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), dim=1)
             ctx = replace(ctx, prefix=ctx.prefix + 1)
-        return self.position(x, ctx), ctx
+        return x, ctx
 
 
 class ConvEmbed(Resample):

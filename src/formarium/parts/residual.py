@@ -16,12 +16,26 @@ PARTS = {
 }
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): each sample's branch is dropped with probability `rate`, the rest scaled up."""
+def drop_path(x: Tensor, rate: float, training: bool, lengths: tuple[int, ...] | None = None) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382): each sample's branch is dropped with probability `rate`, the rest scaled up.
+
+    lengths: of the sequences of a packed row (1, N, C), each of which is dropped on its own.
+    """
     if not training or rate == 0:
         return x
-    keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
+    if lengths is not None:
+        keep = torch.rand(len(lengths), device=x.device) >= rate
+        keep = keep.repeat_interleave(torch.tensor(lengths, device=x.device), output_size=x.shape[1])[None, :, None]
+    else:
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
     return x * (keep / (1 - rate)).to(x.dtype)
+
+
+def start_residuals(model: nn.Module) -> None:
+    """Lets each residual scheme have its word on the initial weights; hosts call it when they have set theirs."""
+    for module in model.modules():
+        if isinstance(module, Residual):
+            module.start()
 
 
 class PreNorm(Residual):
@@ -39,7 +53,7 @@ class PreNorm(Residual):
 
     def branch(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
         x = self.inner(x, ctx)
-        return drop_path(x if self.scale is None else x * self.scale, self.rate, self.training)
+        return drop_path(x if self.scale is None else x * self.scale, self.rate, self.training, ctx.lengths)
 
     def forward(self, state: Any, ctx: Ctx) -> Any:
         return state + self.branch(self.norm(state), ctx)

@@ -19,15 +19,18 @@ from .stack import Stack
 class Decoder(Model):
     """ids (B, N) -> embedding + position -> stack -> norm -> logits (B, N, vocab). No token sees a later one.
 
-    tie: the head uses the embedding's weights. context: the longest sequence it is built for.
+    tie: the head uses the embedding's weights. context: the longest sequence it is built for. token: what embeds the ids,
+    where that is no plain table; `logits` is then the model's own.
     """
 
     def __init__(self, vocab: int, context: int, stack: Stack, *, position: Spec[AbsolutePosition],
-                 norm: Spec[nn.Module] = spec(LayerNorm), tie: bool = True) -> None:
+                 norm: Spec[nn.Module] = spec(LayerNorm), tie: bool = True, token: nn.Module | None = None) -> None:
         super().__init__()
         self.vocab, self.context = vocab, context
-        self.token = nn.Embedding(vocab, stack.dim)
-        nn.init.normal_(self.token.weight, std=0.02)
+        if token is None:
+            token = nn.Embedding(vocab, stack.dim)
+            nn.init.normal_(token.weight, std=0.02)
+        self.token = token
         self.position = position(stack.dim, context)
         self.stack = stack
         self.norm = norm(stack.dim)
@@ -61,9 +64,17 @@ class Decoder(Model):
     def forward(self, batch: Int[Tensor, "b n"], *, cache: Cache | None = None,
                 lengths: tuple[int, ...] | None = None) -> Float[Tensor, "b n v"]:
         """cache: tokens already seen, extended in place. lengths: batch is one packed row of sequences of these lengths."""
+        return self.logits(self.hidden(batch, cache=cache, lengths=lengths))
+
+    def hidden(self, batch: Int[Tensor, "b n"], *, cache: Cache | None = None,
+               lengths: tuple[int, ...] | None = None) -> Float[Tensor, "b n c"]:
+        """As forward, but the last tokens, of which `logits` are made."""
         x = self.encode(*self.embed(batch, cache, lengths))[0]
         if cache is not None:
             cache.length += batch.shape[1]
+        return x
+
+    def logits(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n v"]:
         return F.linear(x, self.token.weight if self.head is None else self.head.weight)
 
     @torch.no_grad()
@@ -83,12 +94,16 @@ class Decoder(Model):
             if cache.length + new.shape[1] > self.context:  # full: start again from the last half
                 ids = ids[:, -max(1, self.context // 2):]
                 cache, new = Cache(), ids
-            logits = self(new, cache=cache)[:, -1]
-            if top_k is not None:
-                logits = logits.masked_fill(logits < logits.topk(min(top_k, self.vocab)).values[:, -1:], -torch.inf)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            new = pick(self(new, cache=cache)[:, -1], temperature, top_k, generator)
             ids = torch.cat((ids, new), dim=1)
             yield new
+
+
+def pick(logits: Float[Tensor, "b v"], temperature: float, top_k: int | None,
+         generator: torch.Generator | None) -> Int[Tensor, "b 1"]:
+    """The next token: sampled among the `top_k` likeliest, or the likeliest at temperature 0."""
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..core.ctx import Ctx, Place
 from ..core.part import Part, Resample, Residual
@@ -49,20 +47,17 @@ class Stack(nn.Module):
         ctx = replace(ctx, shared={})  # values shared between layers must not leak into a stage of another width
         if not self.layers:
             return x, ctx, []
-        state, seen = self._end(0).enter(x), []
-        for i in range(self.depth):
-            if self.checkpointing and self.training:
-                state = checkpoint(self._layer, i, state, ctx, use_reentrant=False)
-            else:
-                state = self._layer(i, state, ctx)
-            if i in taps:
-                seen.append(self._end(i).leave(state))
+        state, seen, done = self._end(0).enter(x), [], 0
+        for last in sorted({*taps, self.depth - 1}):
+            layers = [self._layer(i, ctx) for i in range(done, last + 1)]
+            state, done = self._end(last).run(layers, state, self.checkpointing and self.training), last + 1
+            if last in taps:
+                seen.append(self._end(last).leave(state))
         return self._end(self.depth - 1).leave(state), ctx, seen
 
-    def _layer(self, i: int, state: Any, ctx: Ctx) -> Any:
-        for sublayer in self.layers[i].values():  # type: ignore[operator]
-            state = sublayer(state, ctx)
-        return state
+    def _layer(self, i: int, ctx: Ctx) -> list[tuple[Residual, Ctx]]:
+        """The sublayers of layer i in order, each with what it is told."""
+        return [(sublayer, ctx) for sublayer in self.layers[i].values()]  # type: ignore[operator]
 
     def _end(self, i: int) -> Residual:
         """The last sublayer of layer i: the one that knows how to enter and leave the state."""

@@ -25,7 +25,7 @@ from ...parts.attention import Identity
 from ...parts.channel import Mlp, restart_linears
 from ...parts.embed import ConvEmbed, to_map, to_tokens
 from ...parts.norm import GroupNorm, LayerNorm
-from ...parts.residual import PreNorm
+from ...parts.residual import PreNorm, start_residuals
 from ...skeletons.backbone import Backbone, Stage
 
 CARD = Card(
@@ -98,6 +98,7 @@ class MetaFormer(Backbone):
         super().__init__(stem, stages, img_size=img_size, norm=spec(LayerNorm) if pool_first else norm,
                          num_classes=num_classes, pool_first=pool_first)
         restart_linears(self, init_std)
+        start_residuals(self)
 
 
 PRESETS = {

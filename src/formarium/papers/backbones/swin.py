@@ -27,7 +27,7 @@ from ...parts.attention import head_dim, join_heads, split_heads
 from ...parts.channel import Mlp, linear, restart_linears
 from ...parts.embed import PatchEmbed, pair
 from ...parts.norm import LayerNorm
-from ...parts.residual import PreNorm
+from ...parts.residual import PreNorm, start_residuals
 from ...parts.window import RelativeBias, from_windows, pad_to_windows, shift_mask, to_windows
 from ...skeletons.backbone import Backbone, Stage
 
@@ -153,6 +153,7 @@ class Swin(Backbone):
         super().__init__(PatchEmbed(in_chans, dim, patch=patch, norm=NORM, pad=True), stages, img_size=img_size,
                          norm=NORM, num_classes=num_classes)
         restart_linears(self, init_std)
+        start_residuals(self)
 
 
 PRESETS = {

@@ -23,7 +23,7 @@ from ...parts.attention import Attention
 from ...parts.channel import Mlp, restart_linears
 from ...parts.norm import LayerNorm
 from ...parts.position import LearnedPosition, seat
-from ...parts.residual import PreNorm
+from ...parts.residual import PreNorm, start_residuals
 from ...skeletons.decoder import Decoder
 from ...skeletons.stack import Stack
 
@@ -76,6 +76,7 @@ class GPT(Decoder):
             for name, p in stack.named_parameters():
                 if name.endswith(("proj.weight", "fc2.weight")):  # what joins the stream, 2 depth times
                     p /= math.sqrt(2 * depth)
+        start_residuals(stack)
 
 
 PRESETS = {

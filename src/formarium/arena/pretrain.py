@@ -1,0 +1,69 @@
+"""Pretrain a model under an objective on a task's inputs: a run like any other, which leaves the encoder."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.model import Model
+from ..skeletons.objective import Objective, objective
+from ..tasks.base import evaluating, share
+from .config import PretrainConfig, checked
+from .initial import take_weights, with_fingerprint
+from .train import Run, Watch, build_on, slug
+
+EVALUATED = 256  # samples in a batch
+
+
+class Pretraining(Run):
+    """A run whose loss is an objective's. The labels of the task are not looked at, nor is its test part."""
+
+    config: PretrainConfig
+    last = "encoder.safetensors"
+
+    def build(self) -> Objective:
+        model = build_on(self.config.model, self.task)
+        if self.config.init is not None:
+            self.init = {"init": take_weights(model, self.config.init)}
+        self.trained = objective(self.config.objective)(model)
+        return self.trained
+
+    def loss(self, wrapped: Any, batch: Any, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.trained.progress.fill_(progress)
+        return wrapped(batch[0])
+
+    def score(self, model: Objective) -> tuple[dict[str, float], float]:
+        """Means over the validation samples, always with the same random choices."""
+        totals: Counter[str] = Counter()
+        with evaluating(model) as device, torch.random.fork_rng():
+            torch.manual_seed(0)
+            for batch in self.task.batches("val", EVALUATED):
+                inputs = share(batch[0], device=device)
+                loss, numbers = model(inputs)
+                size = len(inputs[0] if isinstance(inputs, tuple) else inputs)
+                totals.update({k: v.item() * size for k, v in {"loss": loss, **numbers}.items()})
+                totals["samples"] += size
+        found = {k: v / totals["samples"] for k, v in totals.items() if k != "samples"}
+        return found, -found["loss"]
+
+    def found(self, model: Objective) -> dict[str, Any]:
+        return {"val": self.score(model)[0]}
+
+    def weights(self, model: Objective) -> Model:
+        return model.export()
+
+
+def pretrain(model: str, objective: str, task: str = "mnist5k", *, out: str | Path | None = None,
+             watch: Watch | None = None, **settings: Any) -> dict[str, Any]:
+    """Pretrains a model; returns {"val": {...}, "encoder": path, "folder", "steps", "seconds", ...}.
+
+    objective: a name with options, "droppos(pos_ratio=0.5)". settings: fields of RunConfig, as for `train`. out: the run's
+    folder; the same call again resumes it. encoder.safetensors there is what `load` reads and `train(init=)` starts from.
+    """
+    config = checked(PretrainConfig, model=model, objective=objective, task=task, **with_fingerprint(settings))
+    assert isinstance(config, PretrainConfig)
+    name = f"{slug(model)}-{slug(objective)}-{slug(task)}-seed{config.seed}"
+    folder = Path(out) if out else Path("runs") / name
+    found = Pretraining(config, folder, watch=watch).train()
+    return found | {"folder": str(folder), "encoder": str(folder / Pretraining.last)}

@@ -1,0 +1,113 @@
+"""BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (Devlin et al., NAACL 2019),
+arXiv 1810.04805.
+
+Here it hosts text objectives and reads encoders of its shape. Tokens, learned positions and segments are added and normed;
+layers of attention in both directions and a GELU MLP, each normed after its residual sum (post-norm); no last norm.
+
+Deviations: the encoder alone, without the masked-word and next-sentence heads and their pooler; files lose them when read.
+No dropout. GELU is exact, as in the released PyTorch files.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.card import Card, Published
+from ...core.keys import FUSE, UNSQUEEZE, State, count, drop, keymap, rule
+from ...core.part import Part, Residual
+from ...core.spec import Spec, spec
+from ...parts.attention import Attention
+from ...parts.channel import Mlp, restart_linears
+from ...parts.norm import LayerNorm
+from ...parts.position import LearnedPosition, seat
+from ...parts.residual import PostNorm
+from ...skeletons.encoder import Encoder
+from ...skeletons.stack import Stack
+
+CARD = Card(
+    title="BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
+    authors="Jacob Devlin, Ming-Wei Chang, Kenton Lee, Kristina Toutanova",
+    venue="NAACL 2019",
+    arxiv="1810.04805",
+    year=2018,
+    code="https://github.com/google-research/bert",
+    licence="Apache-2.0 (code and weights)",
+    kind="encoder",
+    domain="language",
+    tags=("encoder", "bidirectional", "post_norm"),
+    claim="One bidirectional encoder, pre-trained on plain text and fine-tuned with one more layer, sets the state of the "
+          "art on eleven language tasks (GLUE 80.5).",
+    variants={
+        "nano": Published(note="ours, byte level: for tests and quick comparisons"),
+        "base": Published(params=109.48e6, input=(512,), results={"GLUE": 79.6, "SQuAD 1.1 F1": 88.5},
+                          note="uncased; the released file, its pooler of 0.6M included, which is not here (paper: 110M)"),
+        "large": Published(params=335.1e6, input=(512,), results={"GLUE": 82.1, "SQuAD 1.1 F1": 90.9},
+                           note="uncased; the paper says 340M, the released file holds 335.1M with the pooler"),
+    },
+    can=("packed", "bidirectional"),
+)
+
+
+class Bert(Encoder):
+    """ids (B, N) -> tokens (B, N, dim).
+
+    position is added to the tokens ("learned", "none") or given to every mixer ("rotary"). drop_path: of the last layer,
+    growing linearly from zero. init_std: of the linear layers; None: Xavier, which small widths need.
+    """
+
+    def __init__(self, *, vocab: int = 256, context: int = 128, dim: int = 64, depth: int = 4, heads: int = 4,
+                 segments: int = 2, drop_path: float = 0.0, init_std: float | None = None,
+                 mixer: Spec[Part] = spec(Attention), channel: Spec[Part] = spec(Mlp),
+                 norm: Spec[nn.Module] = spec(LayerNorm, eps=1e-12), residual: Spec[Residual] = spec(PostNorm),
+                 position: Spec[Any] = spec(LearnedPosition)) -> None:
+        mixer, position = seat(position, mixer.offer(heads=heads, length=context))
+        stack = Stack(dim, depth, {"mixer": mixer, "channel": channel}, residual.offer(norm=norm, drop_path=drop_path))
+        super().__init__(vocab, context, stack, position=position, segments=segments, embed_norm=norm)
+        restart_linears(stack, init_std)
+
+
+BASE = spec(Bert, vocab=30522, context=512, dim=768, depth=12, heads=12, init_std=0.02)
+PRESETS = {
+    "nano": spec(Bert, dim=64, depth=4, heads=4),
+    "base": BASE,
+    "large": BASE.but(dim=1024, depth=24, heads=16),
+}
+
+OURS = "stack.layers.{i}"
+THEIRS = "encoder.layer.{i}"
+NORMS = {"embeddings.LayerNorm": "embed_norm", f"{THEIRS}.attention.output.LayerNorm": f"{OURS}.mixer.norm",
+         f"{THEIRS}.output.LayerNorm": f"{OURS}.channel.norm"}
+
+
+def _rules(before: str) -> list[Any]:
+    """`before`: what stands before the encoder's names, "bert." in files with heads."""
+    rules = [rule(f"{before}embeddings.word_embeddings.weight", "token.weight"),
+             rule(f"{before}embeddings.position_embeddings.weight", "position.table", UNSQUEEZE),
+             rule(f"{before}embeddings.token_type_embeddings.weight", "segment.weight")]
+    for theirs, ours in NORMS.items():
+        rules += [rule(f"{before}{theirs}.{old}", f"{ours}.{new}")
+                  for old, new in (("weight", "weight"), ("bias", "bias"), ("gamma", "weight"), ("beta", "bias"))]
+    for kind in ("weight", "bias"):
+        rules.append(rule([f"{before}{THEIRS}.attention.self.{x}.{kind}" for x in ("query", "key", "value")],
+                          f"{OURS}.mixer.inner.qkv.{kind}", FUSE))
+    return [*rules,
+            rule(f"{before}{THEIRS}.attention.output.dense.*", f"{OURS}.mixer.inner.proj.*"),
+            rule(f"{before}{THEIRS}.intermediate.dense.*", f"{OURS}.channel.inner.fc1.*"),
+            rule(f"{before}{THEIRS}.output.dense.*", f"{OURS}.channel.inner.fc2.*"),
+            drop(f"{before}embeddings.position_ids", "0, 1, 2, ..."),
+            drop(f"{before}pooler.*", "the pooler of next-sentence prediction, which we have not")]
+
+
+KEYS = {"transformers": keymap(*_rules(""), *_rules("bert."),
+                               drop("cls.*", "the heads of pre-training, which we have not"))}
+
+
+def settings(state: State, layout: str) -> dict[str, Any]:
+    """Sizes; heads leave no trace: 64 channels each, but 32 at the width of 384 (MiniLM)."""
+    vocab, dim = state["token.weight"].shape
+    ratio = state["stack.layers.0.channel.inner.fc1.weight"].shape[0] / dim
+    return {"vocab": vocab, "dim": dim, "depth": count(state, f"{OURS}.mixer.norm.weight"),
+            "heads": 12 if dim == 384 else max(1, dim // 64), "context": state["position.table"].shape[1],
+            "segments": len(state.get("segment.weight", torch.empty(0))),
+            "channel": spec(Mlp) if ratio == 4 else spec(Mlp, ratio=ratio)}
