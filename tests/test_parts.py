@@ -627,3 +627,16 @@ def test_denseformer_averages_as_the_authors():
     stack.load_state_dict(keys.convert(state).state)
     final, _, (third,) = stack.intermediates(x, Ctx(), [3])
     compare(golden, (final, third))
+
+
+def test_packed_rows_with_empty_slots():
+    """A mask of keys hides slots of a packed row, as it does in each sequence alone."""
+    q, k, v = (torch.randn(1, 2, 12, 4) for _ in range(3))
+    mask = torch.ones(1, 1, 1, 12, dtype=torch.bool)
+    mask[..., [2, 9, 11]] = False
+    out = attend(q, k, v, lengths=(5, 2, 5), mask=mask)
+    for start, stop in ((0, 5), (5, 7), (7, 12)):
+        alone = attend(*(t[:, :, start:stop] for t in (q, k, v)), mask=mask[..., start:stop])
+        assert_close(out[:, :, start:stop], alone)
+    with pytest.raises(DoesNotFit, match=r"mask of keys \(1, 1, 1, 12\) or none"):
+        attend(q, k, v, lengths=(5, 2, 5), mask=mask[..., :5])

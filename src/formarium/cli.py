@@ -1,19 +1,26 @@
 """The command line. Nothing heavy is imported before a command needs it: `formarium list` answers at once."""
 
 import json
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from .core.errors import FormariumError, Stopped
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 app = typer.Typer(name="formarium", help="Published Transformers from one shelf of parts: compared, loaded, re-tested.",
                   no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+PIPED = 140  # characters of a line where the output is no terminal
 
 Modules = Annotated[list[Path], typer.Option("--module", help="A Python file of your own with a CARD; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -22,6 +29,35 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the results; 
 Init = Annotated[Path | None, typer.Option("--init", help="Start from this file's weights; the head is new.")]
 Seconds = Annotated[float | None, typer.Option(help="Budget: seconds of training of a run.")]
 Flops = Annotated[float | None, typer.Option(help="Budget: floating point operations of a run.")]
+
+
+@cache
+def out() -> "Console":
+    from rich.console import Console  # a third of the time that `formarium list` has
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED)
+
+
+def _table() -> "Table":
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, header_style="bold")
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Columns of plain text; the last two wrap, so that a line fits."""
+    if not rows:
+        print("nothing matches")
+        return
+    cells = [[*rows[0]], *([", ".join(v) if isinstance(v, list) else str(v) for v in row.values()] for row in rows)]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPED
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for i in range(max(0, len(widths) - 2), len(widths)):
+        left = room - sum(widths[:i]) - 2 * (len(widths) - 1)
+        widths[i] = max(16, min(widths[i], left // (len(widths) - i)))
+    for row in cells:
+        for line in zip_longest(*(textwrap.wrap(c, w) or [""] for c, w in zip(row, widths, strict=True)), fillvalue=""):
+            print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
 
 
 def _add(modules: list[Path]) -> None:
@@ -65,12 +101,7 @@ def list_command(
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in rows[0] if rows else ():
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in row.values()))
-    out.print(table if rows else "nothing matches")
+    _print_rows(rows)
 
 
 @app.command()
@@ -95,10 +126,10 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
         measured = [{**r, "published": asdict(r["published"])} for r in rows]
         print(json.dumps({"name": entry.name, **asdict(c), "measured": measured}, indent=1))
         return
-    out.print(f"[bold]{entry.name}[/bold]  {c.title}", soft_wrap=True)
+    out().print(f"[bold]{entry.name}[/bold]  {c.title}", soft_wrap=True)
     where = ", ".join(filter(None, (c.authors, c.venue, f"arXiv {c.arxiv}" if c.arxiv else "", c.code, c.licence)))
-    out.print(f"{where}\n\nClaim: {c.claim}\n", soft_wrap=True, markup=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    out().print(f"{where}\n\nClaim: {c.claim}\n", soft_wrap=True, markup=False)
+    table = _table()
     for column in ("preset", "params", "published", "MACs", "published", "at", "published results"):
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -107,21 +138,21 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
         table.add_row(row["preset"], counted(row["params"]), counted(p.params), counted(row["macs"]), counted(p.macs),
                       "x".join(map(str, row["input"])), results)
     if rows:
-        out.print(table)
-    out.print("\nUse it:\n  import formarium as fm", markup=False)
+        out().print(table)
+    out().print("\nUse it:\n  import formarium as fm", markup=False)
     if rows:
-        out.print(f"  model = fm.create_model('{entry.name}/{only or next(iter(c.variants))}')", markup=False)
+        out().print(f"  model = fm.create_model('{entry.name}/{only or next(iter(c.variants))}')", markup=False)
     if c.kind in METHODS:
-        out.print(f"  {METHODS[c.kind].format(entry.name, c.hosts[0])}", markup=False)
+        out().print(f"  {METHODS[c.kind].format(entry.name, c.hosts[0])}", markup=False)
     if entry.is_part:
         for host in c.hosts:
-            out.print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
+            out().print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
     layouts = getattr(entry.module, "KEYS", {})
     if layouts:
-        out.print(f"  model = fm.load('checkpoint.pth', name={entry.name!r})  # layouts: {', '.join(layouts)}",
+        out().print(f"  model = fm.load('checkpoint.pth', name={entry.name!r})  # layouts: {', '.join(layouts)}",
                   markup=False)
     if c.exceptions:
-        out.print("\nWhere it departs: " + "; ".join(f"{k}: {v}" for k, v in c.exceptions.items()), markup=False)
+        out().print("\nWhere it departs: " + "; ".join(f"{k}: {v}" for k, v in c.exceptions.items()), markup=False)
 
 
 def _measured(name: str, published: tuple[int, ...] | None) -> dict[str, Any]:
@@ -179,8 +210,8 @@ def _print_comparison(found: Any) -> None:
     metric, percent = partial(number, found.metric), found.metric in SHARES
     heads = [found.metric.replace("_", " ") + (" %" if percent else ""), "to the first", "params", "MACs", "train s",
              "memory", "ms", "samples/s"]
-    columns = len(heads) if out.width >= 110 else 5  # a narrow terminal gets what matters; the report has it all
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = len(heads) if out().width >= 110 else 5  # a narrow terminal gets what matters; the report has it all
+    table = _table()
     table.add_column("model", overflow="fold", min_width=16)
     for head in heads[:columns]:
         table.add_column(head, justify="right", no_wrap=True)
@@ -196,14 +227,14 @@ def _print_comparison(found: Any) -> None:
         cells = [metric(t["mean"]) + spread, apart, human(r["params"]), human(r["macs"]), f"{r['train_seconds']:.1f}",
                  human(r["peak_memory"]) + "B", f"{r['latency_ms']:.2f}", f"{r['throughput']:.0f}"]
         table.add_row(r["model"], *cells[:columns])
-    out.print(table)
+    out().print(table)
     for r in found.rows:
         if r["status"] == "failed":
-            out.print(f"{r['model']}: {r['reason']}", markup=False)
-    out.print(f"\n{found.verdict}", markup=False, soft_wrap=True)
+            out().print(f"{r['model']}: {r['reason']}", markup=False)
+    out().print(f"\n{found.verdict}", markup=False, soft_wrap=True)
     for note in found.notes:
-        out.print(note, markup=False, style="dim", soft_wrap=True)
-    out.print(f"\nreport: {found.report}", markup=False, soft_wrap=True)
+        out().print(note, markup=False, style="dim", soft_wrap=True)
+    out().print(f"\nreport: {found.report}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -241,7 +272,7 @@ def train(
         return
     _print_init(found, init)
     metrics = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found["test"].items())
-    out.print(f"test: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\n"
+    out().print(f"test: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\n"
               f"weights: {found['folder']}/last.safetensors, best.safetensors (best on validation)",
               markup=False, soft_wrap=True)
 
@@ -271,20 +302,20 @@ def apply(
     if as_json:
         print(json.dumps({"file": str(file), "sizes": rows}, indent=1))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _table()
     table.add_column("model")
     for head in rows["before"]:
         table.add_column(head, justify="right")
     for name, row in rows.items():
         table.add_row(name, *(f"{n:,}" for n in row.values()))
-    out.print(table)
-    out.print(f"\nwritten: {file}", markup=False, soft_wrap=True)
+    out().print(table)
+    out().print(f"\nwritten: {file}", markup=False, soft_wrap=True)
 
 
 def _print_init(found: dict[str, Any], init: Path | None) -> None:
     if "init" in found:
         told = found["init"]
-        out.print(f"started from {init}: {told['taken']} of {told['of']} tensors"
+        out().print(f"started from {init}: {told['taken']} of {told['of']} tensors"
                   + (f"; new: {', '.join(told['left'][:4])}{', ...' * (len(told['left']) > 4)}" if told["left"] else ""),
                   markup=False, soft_wrap=True)
 
@@ -324,7 +355,7 @@ def pretrain(
         return
     _print_init(found, init)
     metrics = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found["val"].items())
-    out.print(f"validation: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\nencoder: {found['encoder']}\n"
+    out().print(f"validation: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\nencoder: {found['encoder']}\n"
               f"go on: formarium train {model} --task {task} --init {found['encoder']}", markup=False, soft_wrap=True)
 
 
@@ -359,7 +390,7 @@ def explain(
     sure = f"{name}, probability {found.logits[0].softmax(0)[k]:.0%}"
     overlay(pixels, found, picture, f"{built.recipe['name']}: {sure}")
     told = "" if Path(model).is_file() else "; the model is untrained, so this says nothing: give a trained file"
-    out.print(f"{sure}{told}\nwritten: {picture}", markup=False, soft_wrap=True)
+    out().print(f"{sure}{told}\nwritten: {picture}", markup=False, soft_wrap=True)
 
 
 def main() -> None:

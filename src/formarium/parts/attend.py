@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..core.errors import DoesNotFit
+
 EXPLICIT_TOKENS = 64  # windows of at most this many tokens are written out, on CPU
 BIASED_TOKENS = 256  # the same with a bias: fused attention falls back to a slower form then
 BANDED_TOKENS = 1024  # sequences of at least this many tokens use the banded form of a sliding window
@@ -115,15 +117,18 @@ def _with_neighbours(chunks: Sequence[Tensor], i: int, behind: int, ahead: int) 
 def _packed(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *, bias: Tensor | None, mask: Tensor | None,
             causal: bool, window: int | None, scale: float | None) -> Tensor:
     """Sequence by sequence; those of equal length together."""
-    if q.shape[0] != 1 or sum(lengths) != q.shape[2] or bias is not None or mask is not None:
-        raise ValueError(f"packed attention takes one row of {sum(lengths)} tokens without bias or mask; "
-                         f"got {tuple(q.shape)}")
+    masked = None if mask is None else tuple(mask.shape)
+    if q.shape[0] != 1 or sum(lengths) != q.shape[2] or bias is not None or masked not in (None, (1, 1, 1, q.shape[2])):
+        raise DoesNotFit(f"packed attention takes one row of {sum(lengths)} tokens, without a bias, and a mask of keys "
+                         f"(1, 1, 1, {sum(lengths)}) or none; got {tuple(q.shape)}, mask {masked}")
     rows = [t.split(list(lengths), dim=2) for t in (q, k, v)]
+    masks = None if mask is None else mask.split(list(lengths), dim=3)
     out: list[Tensor] = [q] * len(lengths)
     for length in set(lengths):
         same = [i for i, n in enumerate(lengths) if n == length]
         group = [torch.cat([row[i] for i in same]) for row in rows]
-        answers = attend(*group, causal=causal, window=window, scale=scale)
+        seen = None if masks is None else torch.cat([masks[i] for i in same])
+        answers = attend(*group, mask=seen, causal=causal, window=window, scale=scale)
         for i, answer in zip(same, answers.split(1), strict=True):
             out[i] = answer
     return torch.cat(out, dim=2)
