@@ -21,7 +21,6 @@ from measure import milliseconds, ratio, table, take_turns, write
 from torch import Tensor
 
 from formarium.arena.train import build_for, rate_at
-from formarium.core.checkpoint import load
 from formarium.core.errors import DoesNotFit
 from formarium.core.macs import count_macs
 from formarium.core.model import Model
@@ -30,6 +29,7 @@ from formarium.papers.transforms.zero_tprune import Pruning
 from formarium.skeletons.backbone import Backbone
 from formarium.tasks.base import Task
 from formarium.tasks.registry import get_task
+from formarium.weights.load import load
 
 Choose = Callable[[Pruning, Tensor, Tensor, int], Tensor]
 BATCH = 64  # images of a timed forward pass

@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from formarium.core.build import create_model, from_recipe, preset
 from formarium.core.card import Card
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.errors import DoesNotFit
 from formarium.core.macs import count_macs
 from formarium.core.model import Model, count_parameters
 from formarium.core.registry import METHODS, PART_KINDS, Entry, list_parts, systems
+from formarium.weights.load import load
 
 CAN = {"any_size", "packed", "causal", "cache", "bidirectional", "cross"}
 

@@ -19,10 +19,9 @@ import formarium as fm
 from formarium.core import checkpoint
 from formarium.core.build import create_model, from_recipe, parse_name, part, preset
 from formarium.core.card import Card, Published
-from formarium.core.checkpoint import load, read, save, write_atomically
+from formarium.core.checkpoint import save, write_atomically
 from formarium.core.ctx import Ctx, Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit, FormariumError, UnknownName, unknown
-from formarium.core.keys import FUSE, FUSE_PAIR, HWIO, LINEAR_AS_CONV, TRANSPOSE, UNSQUEEZE, count, drop, keymap, rule
 from formarium.core.macs import count_macs
 from formarium.core.registry import add_module, card, find, list_models, list_parts, systems
 from formarium.core.spec import from_json, option_names, spec, to_json
@@ -33,6 +32,9 @@ from formarium.parts.channel import Mlp
 from formarium.parts.norm import LayerNorm, RMSNorm
 from formarium.parts.position import Rotary
 from formarium.parts.residual import PreNorm
+from formarium.weights.files import read
+from formarium.weights.keys import FUSE, FUSE_PAIR, HWIO, LINEAR_AS_CONV, TRANSPOSE, UNSQUEEZE, count, drop, keymap, rule
+from formarium.weights.load import load
 
 # errors
 
@@ -542,7 +544,7 @@ def test_damaged_files(suffix, tmp_path):
     else:
         np.savez(file, **{k: v.numpy() for k, v in state.items()})
     whole = file.read_bytes()
-    assert_same_state(read(file)[0], state)
+    assert_same_state(read(file).state, state)
     broken = tmp_path / f"broken{suffix}"
     for part_of_it in (1, 7, len(whole) // 3, len(whole) - 9):
         broken.write_bytes(whole[:part_of_it])

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from formarium.core.checkpoint import load
 from formarium.core.ctx import Ctx
 from formarium.core.model import count_parameters
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).with_name("golden")

@@ -18,7 +18,7 @@ from formarium.arena.pretrain import Pretraining
 from formarium.arena.train import train
 from formarium.cli import app
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit, FormariumError, UnknownName
 from formarium.core.spec import spec
@@ -26,6 +26,7 @@ from formarium.papers.backbones.vit import KEYS
 from formarium.parts.attention import Attention, join_heads, watching
 from formarium.parts.position import Rotary
 from formarium.skeletons.objective import objective
+from formarium.weights.load import load
 
 QUICK = "droppos(decoder_dim=16,decoder_heads=2,decoder_depth=1)"
 RUN = {"task": "digits", "steps": 6, "batch_size": 8, "evaluations": 2}

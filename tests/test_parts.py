@@ -12,7 +12,6 @@ from torch.testing import assert_close
 from formarium.core.build import create_model
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import DoesNotFit
-from formarium.core.keys import keymap, rule
 from formarium.core.model import count_parameters
 from formarium.core.part import Part
 from formarium.core.spec import spec
@@ -33,6 +32,7 @@ from formarium.parts.stem import StdConv, same_pad
 from formarium.parts.window import RelativeBias, from_windows, pad_to_windows, shift_mask, to_windows
 from formarium.skeletons.backbone import Backbone, Stage
 from formarium.skeletons.stack import Stack
+from formarium.weights.keys import keymap, rule
 from golden_replay import compare, replay
 
 

@@ -13,7 +13,7 @@ from formarium.arena.measure import peak_memory
 from formarium.arena.train import build_for, train
 from formarium.cli import app
 from formarium.core.build import parse_call, parse_name, part, split_transforms
-from formarium.core.checkpoint import load, read, save
+from formarium.core.checkpoint import save
 from formarium.core.errors import BadCheckpoint, FormariumError, UnknownName
 from formarium.core.macs import count_macs
 from formarium.core.model import Model
@@ -21,6 +21,8 @@ from formarium.core.spec import spec
 from formarium.core.transform import apply, list_transforms, size
 from formarium.parts.norm import RMSNorm
 from formarium.tasks.registry import get_task
+from formarium.weights.files import read
+from formarium.weights.load import load
 
 TINY = "vit/nano:depth=2,dim=16,heads=2,patch=2"
 
@@ -111,7 +113,7 @@ def test_only_the_head(tmp_path):
         tuned.head.weight.add_(1.0)
     tuned.requires_grad_(False).head.requires_grad_()
     save(tuned, tmp_path / "head.safetensors", only="trained")
-    assert set(read(tmp_path / "head.safetensors")[0]) == {"head.weight", "head.bias"}
+    assert set(read(tmp_path / "head.safetensors").state) == {"head.weight", "head.bias"}
     batch = base.example(2)
     assert torch.equal(load(tmp_path / "head.safetensors", base=base)(batch), tuned(batch))
     tuned.requires_grad_(False)
@@ -131,7 +133,7 @@ def test_int8_base_under_adapters(tmp_path):
     base = fm.create_model(TINY)
     model = fm.apply(fm.apply(base, "llm_int8"), "adaptformer(bottleneck=2)")
     save(model, tmp_path / "part.safetensors", only="trained")
-    assert all(t.is_floating_point() for t in read(tmp_path / "part.safetensors")[0].values())
+    assert all(t.is_floating_point() for t in read(tmp_path / "part.safetensors").state.values())
     again = load(tmp_path / "part.safetensors", base=base)
     batch = base.example(2)
     assert torch.equal(again(batch), model.eval()(batch))

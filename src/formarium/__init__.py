@@ -19,7 +19,7 @@ _PUBLIC = {
     "Ctx": "core.ctx", "Place": "core.ctx", "Cache": "core.ctx",
     "Part": "core.part", "Resample": "core.part", "Residual": "core.part",
     "Model": "core.model", "Feature": "core.model",
-    "load": "core.checkpoint", "save": "core.checkpoint",
+    "load": "weights.load", "save": "core.checkpoint",
     "apply": "core.transform", "list_transforms": "core.transform",
     "explain": "arena.explanations", "Explanation": "arena.explanations",
     "FormariumError": "core.errors",
@@ -30,7 +30,7 @@ _PUBLIC = {
 if TYPE_CHECKING:
     from .core.build import create_model, part, preset
     from .core.card import Card, Published
-    from .core.checkpoint import load, save
+    from .core.checkpoint import save
     from .core.ctx import Cache, Ctx, Place
     from .core.errors import FormariumError
     from .core.model import Feature, Model
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .core.registry import add_module, card, list_models, list_parts
     from .core.spec import Spec, spec
     from .core.transform import apply, list_transforms
+    from .weights.load import load
 
 __all__ = sorted(_PUBLIC)
 

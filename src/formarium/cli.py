@@ -288,9 +288,10 @@ def apply(
     """Transform a model, say what changed, and write it; formarium list --kind transform names the transforms."""
     _add(module)
     from .core.build import create_model
-    from .core.checkpoint import load, save
+    from .core.checkpoint import save
     from .core.model import Model
     from .core.transform import apply, size
+    from .weights.load import load
 
     model = load(source) if Path(source).is_file() else create_model(source)
     assert isinstance(model, Model)
@@ -375,10 +376,10 @@ def explain(
     _add(module)
     from .arena.explanations import explain_image, overlay
     from .core.build import create_model
-    from .core.checkpoint import load
     from .core.errors import DoesNotFit
     from .tasks.classify import Classify
     from .tasks.registry import get_task
+    from .weights.load import load
 
     trained_on = None if task is None else get_task(task)
     if trained_on is not None and not isinstance(trained_on, Classify):

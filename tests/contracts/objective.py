@@ -9,10 +9,11 @@ from torch.testing import assert_close
 
 from contract import answer, check
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.errors import FormariumError, UnknownName
 from formarium.core.spec import option_names
 from formarium.skeletons.objective import Objective, objective
+from formarium.weights.load import load
 
 SETTINGS = {"minilm": "minilm(teacher=bert/nano)"}  # what an objective cannot do without
 

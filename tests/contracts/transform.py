@@ -9,12 +9,13 @@ from torch.testing import assert_close
 
 from contract import answer, check
 from formarium.core.build import create_model, from_recipe
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.errors import BadCheckpoint, DoesNotFit, UnknownName
 from formarium.core.model import Model
 from formarium.core.registry import card
 from formarium.core.spec import option_names
 from formarium.core.transform import apply, list_transforms
+from formarium.weights.load import load
 
 
 def hosts(case):

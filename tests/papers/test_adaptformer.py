@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.errors import DoesNotFit, UnknownName
 from formarium.core.model import count_parameters
 from formarium.core.transform import apply
 from formarium.papers.transforms.adaptformer import KEYS, Adapter
 from formarium.parts.channel import Mlp
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adaptformer__adaptformer64_vit_s.json.gz"

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load
 from formarium.core.errors import BadCheckpoint, DoesNotFit
 from formarium.papers.language.bert import KEYS
+from formarium.weights.load import load
 
 
 def moved(name="bert/nano", **options):

@@ -10,7 +10,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load
 from formarium.core.ctx import Ctx, Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit
 from formarium.core.model import count_parameters
@@ -21,6 +20,7 @@ from formarium.papers.residuals.deepnet import KEYS, PART, DeepNetEncoder, DeepN
 from formarium.parts.attention import Attention, CrossAttention
 from formarium.parts.channel import Mlp, SwiGLU
 from formarium.parts.position import LearnedPosition
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model, from_recipe
-from formarium.core.checkpoint import load
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import DoesNotFit, UnknownName
 from formarium.core.model import count_parameters
 from formarium.papers.mixers.deltanet import KEYS, PRESETS, DeltaNet, delta_rule
 from formarium.parts.attention import Attention
 from formarium.parts.position import Rotary
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Ctx
 from formarium.core.errors import BadCheckpoint, DoesNotFit, UnknownName
 from formarium.papers.objectives.droppos import OBJECTIVE_KEYS, DropPos, SinCos, load_objective
 from formarium.parts.position import LearnedPosition
 from formarium.skeletons.objective import objective
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "droppos__vit_small_patch16_dec512d2b_sigma1.json.gz"

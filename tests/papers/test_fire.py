@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import DoesNotFit
 from formarium.core.spec import spec
 from formarium.papers.positions.fire import Fire
 from formarium.parts.attention import Attention
+from formarium.weights.load import load
 
 TRAINED = 32  # tokens
 

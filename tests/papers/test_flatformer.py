@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model, spec
-from formarium.core.checkpoint import load
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import BadData, DoesNotFit
 from formarium.core.model import count_parameters
@@ -24,6 +23,7 @@ from formarium.papers.points.flatformer import (
     window_order,
 )
 from formarium.parts.residual import drop_path
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load
 from formarium.core.model import count_parameters
 from formarium.papers.series.itransformer import KEYS
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "itransformer__etth1_96_96.json.gz"

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from contract import CHECKS, Case
 from formarium.core.build import create_model
-from formarium.core.checkpoint import _nearest_preset, load
 from formarium.core.ctx import Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit, UnknownName
 from formarium.core.model import count_parameters
@@ -38,6 +37,7 @@ from formarium.papers.dense.kmax_deeplab import (
     shrink,
 )
 from formarium.skeletons.segmenter import VOID, LinearSegmenter, Thresholds, _connected, _merge
+from formarium.weights.load import load, nearest_preset
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -409,7 +409,7 @@ def test_their_files_name_the_preset(name):
     assert all(k.startswith(("backbone.", "sem_seg_head.")) for k in theirs.state)
     back = KEYS["authors"].convert(theirs.state)
     assert back.unmatched == []
-    assert _nearest_preset("kmax_deeplab", settings(back.state, "authors")) == (f"kmax_deeplab/{name}", {})
+    assert nearest_preset("kmax_deeplab", settings(back.state, "authors")) == (f"kmax_deeplab/{name}", {})
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (1, 0, 2), (1, 2, 0, 1), (3,)])

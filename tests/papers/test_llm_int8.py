@@ -8,12 +8,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Cache
 from formarium.core.errors import DoesNotFit
 from formarium.core.transform import apply, size
 from formarium.papers.transforms import llm_int8 as int8
 from formarium.papers.transforms.llm_int8 import Int8Linear, int8_matmul, kernel, quantise
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llm_int8__matmul8bit_thr6_d96.json.gz"

@@ -11,11 +11,12 @@ from torch.testing import assert_close
 
 import golden_minilm
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.errors import BadCheckpoint, DoesNotFit, UnknownName
 from formarium.papers.objectives.minilm import KEYS, MiniLM, divergence, value_relation
 from formarium.parts.attention import Seen
 from formarium.skeletons.objective import objective
+from formarium.weights.load import load
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 
 from formarium.arena.measure import _LiveMemory
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit, UnknownName
 from formarium.core.model import count_parameters
@@ -32,6 +31,7 @@ from formarium.parts.attention import Attention
 from formarium.parts.channel import Mlp
 from formarium.parts.residual import PreNorm
 from formarium.skeletons.stack import Stack
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

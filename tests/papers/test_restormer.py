@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from formarium.core.build import create_model, from_recipe
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Ctx, Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit
 from formarium.core.macs import count_macs
@@ -25,6 +25,7 @@ from formarium.papers.restoration.restormer import (
     shortest_ratio,
 )
 from formarium.parts.embed import to_map, to_tokens
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import DoesNotFit, UnknownName
 from formarium.core.model import count_parameters
@@ -17,6 +17,7 @@ from formarium.papers.language.transformer import Sinusoidal
 from formarium.papers.mixers.cosformer import CosFormer
 from formarium.parts.attention import CrossAttention
 from formarium.parts.norm import LayerNorm, NoNorm
+from formarium.weights.load import load
 
 
 def built(**options):

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from formarium.arena.explanations import explain
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load
 from formarium.papers.explanations import transformer_attribution as paper
 from formarium.parts.attention import Attention, Seen
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "transformer_attribution__vit_96_d192_l4_class3.json.gz"

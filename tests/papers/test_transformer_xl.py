@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from formarium.core.build import create_model
-from formarium.core.checkpoint import load, save
+from formarium.core.checkpoint import save
 from formarium.core.ctx import Cache, Ctx, Place
 from formarium.core.errors import BadCheckpoint, DoesNotFit
 from formarium.core.model import count_parameters
@@ -28,6 +28,7 @@ from formarium.papers.language.transformer_xl import (
 from formarium.skeletons.memory import Memory
 from formarium.tasks.language import NextByte, with_memory
 from formarium.tasks.registry import get_task
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from ..core.build import from_recipe
-from ..core.checkpoint import load, read
+from ..core.checkpoint import read_recipe
 from ..core.errors import BadCheckpoint
 from ..core.model import Model
 from ..core.transform import replay
+from ..weights.files import read
+from ..weights.load import load
 
 HEAD = "head."
 
@@ -34,7 +36,8 @@ def take_weights(model: Model, path: str | Path) -> dict[str, Any]:
     model with transforms that the file's has not takes the weights as it was before them.
     """
     system = model.recipe["name"].split("/")[0]
-    state, recipe = read(path)
+    contents = read(path)
+    state, recipe = contents.state, read_recipe(contents.told["recipe"], str(path)) if contents.told else None
     wanted, done = (r.get("transforms", []) for r in (model.recipe, recipe or {}))
     if wanted[:len(done)] == done != wanted:
         before = from_recipe({**model.recipe, "transforms": done})

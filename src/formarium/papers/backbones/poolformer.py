@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit
-from ...core.keys import LINEAR_AS_CONV, State, count, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Identity
@@ -27,6 +26,7 @@ from ...parts.embed import ConvEmbed, to_map, to_tokens
 from ...parts.norm import GroupNorm, LayerNorm
 from ...parts.residual import PreNorm, start_residuals
 from ...skeletons.backbone import Backbone, Stage
+from ...weights.keys import LINEAR_AS_CONV, State, count, keymap, rule
 
 CARD = Card(
     title="MetaFormer Is Actually What You Need for Vision",

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
-from ...core.keys import State, count, drop, keymap, rule
 from ...core.part import Part, Resample, Residual
 from ...core.spec import Spec, spec
 from ...parts.attend import attend
@@ -30,6 +29,7 @@ from ...parts.norm import LayerNorm
 from ...parts.residual import PreNorm, start_residuals
 from ...parts.window import RelativeBias, from_windows, pad_to_windows, shift_mask, to_windows
 from ...skeletons.backbone import Backbone, Stage
+from ...weights.keys import State, count, drop, keymap, rule
 
 NORM = spec(LayerNorm, eps=1e-5)
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...core.card import Card, Published
-from ...core.keys import FUSE, HWIO, TRANSPOSE, Op, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
@@ -24,6 +23,7 @@ from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm
 from ...parts.stem import ResNetStem
 from ...skeletons.backbone import Backbone, Stage
+from ...weights.keys import FUSE, HWIO, TRANSPOSE, Op, State, count, drop, keymap, rule
 
 CARD = Card(
     title="An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",

@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from ...core.card import Card, Published
 from ...core.ctx import Place
 from ...core.errors import DoesNotFit, unknown
-from ...core.keys import State, count, drop, keymap, rule
 from ...core.model import Feature, FeatureInfo
 from ...core.spec import Spec, spec
 from ...parts.attention import head_dim
@@ -35,6 +34,7 @@ from ...parts.embed import check_images
 from ...parts.norm import LayerNorm
 from ...parts.residual import drop_path as dropped
 from ...skeletons.segmenter import VOID, LinearSegmenter, Regions, Segmenter, Thresholds, build_trunk, resize
+from ...weights.keys import State, count, drop, keymap, rule
 
 CARD = Card(
     title="k-means Mask Transformer",

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from ...core.card import Card, Published
-from ...core.keys import FUSE, UNSQUEEZE, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
@@ -24,6 +23,7 @@ from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PostNorm
 from ...skeletons.encoder import Encoder
 from ...skeletons.stack import Stack
+from ...weights.keys import FUSE, UNSQUEEZE, State, count, drop, keymap, rule
 
 CARD = Card(
     title="BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",

@@ -16,7 +16,6 @@ from torch import nn
 
 from ...core.card import Card, Published
 from ...core.errors import DoesNotFit
-from ...core.keys import TRANSPOSE, UNSQUEEZE, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
@@ -26,6 +25,7 @@ from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm, start_residuals
 from ...skeletons.decoder import Decoder
 from ...skeletons.stack import Stack
+from ...weights.keys import TRANSPOSE, UNSQUEEZE, State, count, drop, keymap, rule
 
 CARD = Card(
     title="Language Models are Unsupervised Multitask Learners (GPT-2)",

@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Cache, Ctx, Place
 from ...core.errors import DoesNotFit
-from ...core.keys import SAME, Op, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attend import attend
@@ -49,6 +48,7 @@ from ...parts.position import NoPosition
 from ...parts.residual import PostNorm
 from ...skeletons.memory import Memory, MemoryDecoder
 from ...skeletons.stack import Stack
+from ...weights.keys import SAME, Op, State, count, drop, keymap, rule
 
 CARD = Card(
     title="Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",

@@ -19,12 +19,12 @@ from torch import Tensor
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit
-from ...core.keys import FUSE_PAIR, State, keymap, rule
 from ...core.part import Part
 from ...core.spec import spec
 from ...parts.attention import head_dim, join_heads, split_heads
 from ...parts.channel import linear
 from ...parts.linear import causal_linear_attention, linear_attention
+from ...weights.keys import FUSE_PAIR, State, keymap, rule
 from ..language.gpt import PRESETS as GPT
 
 CARD = Card(

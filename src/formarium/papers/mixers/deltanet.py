@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit, unknown
-from ...core.keys import FUSE, FUSE_PAIR, State, count, keymap, rule
 from ...core.part import Part
 from ...core.spec import spec
 from ...parts.attention import Attention, head_dim, join_heads, split_heads
 from ...parts.channel import SwiGLU, linear
 from ...parts.norm import RMSNorm
 from ...parts.position import NoPosition, Rotary
+from ...weights.keys import FUSE, FUSE_PAIR, State, count, keymap, rule
 from ..language.gpt import GPT
 from ..language.gpt import PRESETS as GPTS
 

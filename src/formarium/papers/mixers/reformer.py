@@ -35,7 +35,6 @@ from torch.utils.checkpoint import checkpoint, get_device_states, set_device_sta
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit, unknown
-from ...core.keys import FUSE, UNSQUEEZE, Op, State, count, drop, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attend import attend
@@ -46,6 +45,7 @@ from ...parts.position import AbsolutePosition, LearnedPosition, positions
 from ...parts.residual import PreNorm
 from ...skeletons.decoder import Decoder
 from ...skeletons.stack import Stack
+from ...weights.keys import FUSE, UNSQUEEZE, Op, State, count, drop, keymap, rule
 
 CARD = Card(
     title="Reformer: The Efficient Transformer",

@@ -27,10 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ...core.card import Card, Published
-from ...core.checkpoint import load, read
 from ...core.ctx import Ctx
 from ...core.errors import BadCheckpoint, DoesNotFit, unknown
-from ...core.keys import Rule, State, count, drop, keymap, rule
 from ...core.model import Model
 from ...core.spec import spec
 from ...parts.attention import Attention
@@ -42,6 +40,9 @@ from ...parts.residual import PreNorm
 from ...skeletons.backbone import Backbone
 from ...skeletons.objective import Objective
 from ...skeletons.stack import Stack
+from ...weights.files import read
+from ...weights.keys import Rule, State, count, drop, keymap, rule
+from ...weights.load import load
 from ..backbones import vit
 
 CARD = Card(
@@ -308,7 +309,7 @@ def load_objective(source: str | Path | Mapping[str, Tensor], *, heads: int | No
     heads: of the encoder, options: of DropPos; heads leave no trace: 64 channels each in the encoder, 16 heads in the
     decoder, unless you say so. In eval mode.
     """
-    state = dict(source) if isinstance(source, Mapping) else read(source)[0]
+    state = dict(source) if isinstance(source, Mapping) else read(source).state
     converted = OBJECTIVE_KEYS.convert(state)
     whole = converted.state
     if converted.unmatched or "decoder.head.weight" not in whole:

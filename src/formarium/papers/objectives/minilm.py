@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from ...core.build import create_model
 from ...core.card import Card, Published
-from ...core.checkpoint import load
 from ...core.errors import DoesNotFit, unknown
 from ...core.model import Model
 from ...core.spec import spec
 from ...parts.attention import Attention, Seen, watching
 from ...skeletons.objective import Objective
+from ...weights.load import load
 from ..language import bert
 from ..language.bert import Bert
 

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import BadData, DoesNotFit
-from ...core.keys import State, count, drop, keymap, rule
 from ...core.part import Part, Resample, Residual
 from ...core.spec import Spec, spec
 from ...parts.attend import attend
@@ -42,6 +41,7 @@ from ...parts.norm import LayerNorm
 from ...parts.residual import PostNorm
 from ...skeletons.points import UNIT, PointBackbone, Sets, set_of, values_known
 from ...skeletons.stack import Stack
+from ...weights.keys import State, count, drop, keymap, rule
 
 CARD = Card(
     title="FlatFormer: Flattened Window Attention for Efficient Point Cloud Transformer",

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit
-from ...core.keys import FUSE, FUSE_PAIR, Op, State, count, keymap, rule
 from ...core.model import Model
 from ...core.part import Part
 from ...core.spec import Spec, spec
@@ -40,6 +39,7 @@ from ...parts.norm import LayerNorm, NoNorm
 from ...parts.position import AbsolutePosition, LearnedPosition
 from ...parts.residual import PostNorm
 from ...skeletons.stack import Stack
+from ...weights.keys import FUSE, FUSE_PAIR, Op, State, count, keymap, rule
 from ..language.gpt import GPT
 from ..language.transformer import PRESETS as TRANSFORMERS
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit
-from ...core.keys import SAME, State, count, drop, keymap, rule
 from ...core.part import Part
 from ...core.spec import Spec, spec
 from ...parts.norm import LayerNorm
 from ...parts.position import Rotary
 from ...parts.residual import PreNorm
+from ...weights.keys import SAME, State, count, drop, keymap, rule
 from ..language.gpt import GPT
 from ..language.gpt import PRESETS as GPTS
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from ...core.card import Card, Published
 from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit
-from ...core.keys import LINEAR_AS_CONV, State, count, keymap, rule
 from ...core.part import Part, Resample, Residual
 from ...core.spec import Spec, spec
 from ...parts.attend import attend
@@ -38,6 +37,7 @@ from ...parts.norm import LayerNorm
 from ...parts.residual import PreNorm
 from ...skeletons.restorer import Restorer
 from ...skeletons.stack import Stack
+from ...weights.keys import LINEAR_AS_CONV, State, count, keymap, rule
 
 CARD = Card(
     title="Restormer: Efficient Transformer for High-Resolution Image Restoration",

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ...core.card import Card, Published
 from ...core.ctx import Ctx
-from ...core.keys import FUSE, Op, State, count, keymap, rule
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
@@ -29,6 +28,7 @@ from ...parts.norm import LayerNorm
 from ...parts.residual import PostNorm
 from ...skeletons.series import Forecaster
 from ...skeletons.stack import Stack
+from ...weights.keys import FUSE, Op, State, count, keymap, rule
 
 CARD = Card(
     title="iTransformer: Inverted Transformers Are Effective for Time Series Forecasting",

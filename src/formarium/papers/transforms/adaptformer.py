@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ...core.card import Card
 from ...core.ctx import Ctx
 from ...core.errors import DoesNotFit, unknown
-from ...core.keys import FUSE, Op, State, drop, keymap, rule
 from ...core.model import Model
 from ...core.part import Part, Residual
 from ...skeletons.stack import Stack
+from ...weights.keys import FUSE, Op, State, drop, keymap, rule
 from ..backbones import vit
 
 CARD = Card(

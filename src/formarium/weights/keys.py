@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,13 +79,33 @@ def _fill(name: str, groups: dict[str, str]) -> str:
     return name
 
 
+class Assumed(NamedTuple):
+    """What `settings` takes for an option that leaves no trace in the tensors, and why it cannot be told."""
+
+    value: Any
+    why: str
+
+
+class Move(NamedTuple):
+    """What one rule did: from these tensors these others were made; none if they were dropped."""
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    rule: Rule
+
+
 @dataclass
 class Converted:
     """A converted state dict and what became of each source tensor."""
 
     state: State = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)  # name -> why
+    moves: list[Move] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+
+    @property
+    def ignored(self) -> dict[str, str]:
+        """Name -> why."""
+        return {name: m.rule.why for m in self.moves if not m.targets for name in m.sources}
 
 
 @dataclass(frozen=True)
@@ -110,15 +130,17 @@ class KeyMap:
                 if not all(n in remaining for n in names):
                     continue
                 tensors = [remaining.pop(n) for n in names]
+                made = tuple(_fill(t, match.groupdict()) for t in targets)
                 if not targets:
-                    out.ignored[key] = r.why
+                    out.moves.append(Move(tuple(names), made, r))
                     continue
                 try:
                     changed = (r.op.back if back else r.op.there)(tensors, options)
                 except (RuntimeError, IndexError):  # not of the shape that the rule is for
                     out.unmatched += names
                     continue
-                out.state |= {_fill(t, match.groupdict()): c for t, c in zip(targets, changed, strict=True)}
+                out.state |= dict(zip(made, changed, strict=True))
+                out.moves.append(Move(tuple(names), made, r))
         out.unmatched += remaining
         return out
 
