@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .words import SHARES, duration, esc, human, known
+from .words import SHARES, called, duration, esc, human, known
 
 # Okabe and Ito's palette without its yellow, which white swallows; the template sets --c0 to --c6 for each theme
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -56,7 +56,7 @@ class Page(NamedTuple):
 def figures(page: Page) -> str:
     """Learning curves and trade-offs as figures; those without data are left out."""
     metric, tall = page.metric, 1.25 if len(page.rows) > NAMED else 1.0
-    name, models = metric.replace("_", " "), [r["model"] for r in page.rows]
+    name, models = called(metric), [r["model"] for r in page.rows]
 
     def axis(v: float) -> str:
         return f"{100 * v:.4g} %" if metric in SHARES else f"{v:.4g}"
@@ -87,6 +87,7 @@ def svg(label: str, models: Sequence[str], draw: Callable[[Any], bool], tall: fl
     start = f'<svg class="plot" viewBox="0 0 {5.6 * 72:g} {3.6 * 72 * tall:g}" role="img" aria-label="{esc(label)}">'
     inner = re.split(r"<svg.*?>", text, flags=re.S)[1]
     text = start + re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", inner, flags=re.S)
+    text = text.replace('<style type="text/css">*{', '<style type="text/css">.plot *{')  # or it would rule the whole page
     text = re.sub(r'<g id="model-(\d+)(-band)?">', lambda m: f'<g data-model="{m[1]}"{" class=band" if m[2] else ""}>'
                  f"<title>{esc(models[int(m[1])])}</title>", text)
     text = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", text).replace("xlink:href", "href")  # such ids repeat from plot to plot

@@ -13,7 +13,7 @@ from ..core.errors import FormariumError
 from .config import CompareConfig, read_json
 from .html import grid, legend, model_name
 from .plots import COSTS, NAMED, Page, figures
-from .words import SHARES, duration, esc, human, known, number
+from .words import SHARES, called, capital, duration, esc, human, known, number
 
 
 def write_report(folder: Path) -> Path:
@@ -55,7 +55,7 @@ def _about(page: Page) -> dict[str, str]:
     sizes = ", ".join(f"{n:,} {esc(split)}".replace(" val", " validation") for split, n in info["sizes"].items())
     unit = "predicted bytes" if "byte" in page.metric else "samples"
     return {
-        "data": ". ".join(filter(None, (f"{esc(info['title'])}: {sizes} ({unit})", esc(info["note"]).rstrip(".")))) + ".",
+        "data": ". ".join(filter(None, (f"{esc(info['title'])}: {sizes} ({unit})", capital(esc(info["note"]).rstrip("."))))) + ".",
         "source": f'<a href="{source}" rel="noreferrer">{source}</a>' if re.match("https?://", source) else source,
         "licence": esc(info["licence"]), "budget": f"{budget}, in batches of {plan['batch_size']}", "unequal": unequal,
         "seeds": f"{len(seeds)} ({', '.join(map(str, seeds))}); every model is trained once with each" if len(seeds) > 1
@@ -63,7 +63,7 @@ def _about(page: Page) -> dict[str, str]:
         "rate": f"{lrs[0]} for every model" if len(lrs) == 1 else
                 f"Each model has its own best of {', '.join(lrs)}, by validation data, tried with seed {seeds[0]}",
         "decay": f"{plan['weight_decay']:g}", "warmup": f"{plan['warmup']:.0%}".replace("%", " %"),
-        "metric": esc(page.metric.replace("_", " ")), "better": "higher" if page.sign > 0 else "lower",
+        "metric": esc(called(page.metric)), "better": "higher" if page.sign > 0 else "lower",
         "corner": "upper" if page.sign > 0 else "lower",
         "started": esc(f", {plan['started'][:16].replace('T', ' ')}" if plan.get("started") else ""),
     }
@@ -96,7 +96,7 @@ def _marked(texts: Sequence[str], values: Sequence[float | None], better: int) -
 
 def _table(page: Page) -> str:
     metric, rows, several, share = page.metric, page.rows, len(page.rows) > 1, page.metric in SHARES
-    columns = [("Model", -1), (esc(metric.replace("_", " ").capitalize()) + ", %" * share, page.sign)]
+    columns = [("Model", -1), (esc(capital(called(metric))) + ", %" * share, page.sign)]
     columns += [("Difference to 1" + "<br>in points" * share, page.sign)] * several
     columns += [(c.title + f"<br>in batches of {rows[0]['throughput_batch']}" * (c.better > 0), c.better) for c in COSTS]
     heads = (f'<th data-first="{"down" if better > 0 else "up"}"><button type="button">{title}</button></th>'

@@ -8,6 +8,19 @@ SHARES = ("accuracy", "macro_f1", "phoneme_error_rate", "word_accuracy", "miou",
           "pq")  # metrics shown in percent
 
 
+NAMES = {"miou": "mIoU", "pq": "PQ", "mse": "MSE", "mae": "MAE", "psnr": "PSNR", "ssim": "SSIM", "macro_f1": "macro F1"}
+
+
+def called(metric: str) -> str:
+    """A metric's name in text: "bits_per_byte" -> "bits per byte", "miou" -> "mIoU"."""
+    return NAMES.get(metric, metric.replace("_", " "))
+
+
+def capital(text: str) -> str:
+    """The text with a capital at its start; names such as mIoU keep theirs."""
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+
+
 def known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 

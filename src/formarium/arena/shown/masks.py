@@ -13,7 +13,7 @@ WIDTH = 132  # pixels that an image is drawn with
 
 
 def _cell(png: str, what: str, below: str = "") -> str:
-    style = f"width:{WIDTH}px;image-rendering:pixelated"
+    style = f"width:{WIDTH}px;height:auto;image-rendering:pixelated"
     return (f'<td class="guess"><img alt="{esc(what)}" title="{esc(what)}" style="{style}" '
             f'src="data:image/png;base64,{esc(png)}">{below}</td>')
 
