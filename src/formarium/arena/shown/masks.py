@@ -19,7 +19,7 @@ def _cell(png: str, what: str, below: str = "") -> str:
 
 
 def _row(head: str, images: Sequence[str], what: str, ious: Sequence[float] | None = None) -> list[str]:
-    below = [""] * len(images) if ious is None else [f'<br><span class="soft">{100 * iou:.1f} %</span>' for iou in ious]
+    below = [""] * len(images) if ious is None else [f'<span class="soft">{100 * iou:.1f} %</span>' for iou in ious]
     return [f"<td>{head}</td>", *(_cell(png, f"{what}, image {i + 1}", b) for i, (png, b) in
                                   enumerate(zip(images, below, strict=True)))]
 
