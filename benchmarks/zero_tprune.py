@@ -12,7 +12,6 @@ the unpruned model in turns. Tokens are those that each layer sees, the class to
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,58 +20,17 @@ from measure import milliseconds, ratio, table, take_turns, write
 from torch import Tensor
 
 from formarium.arena.train import build_for, rate_at
-from formarium.core.errors import DoesNotFit
 from formarium.core.macs import count_macs
 from formarium.core.model import Model
 from formarium.core.transform import apply
-from formarium.papers.transforms.zero_tprune import Pruning
 from formarium.skeletons.backbone import Backbone
 from formarium.tasks.base import Task
 from formarium.tasks.registry import get_task
 from formarium.weights.load import load
 
-Choose = Callable[[Pruning, Tensor, Tensor, int], Tensor]
+WAYS = {"Zero-TPrune": "graph", "votes alone": "votes", "likeness alone": "likeness", "class attention": "class",
+        "random": "random"}
 BATCH = 64  # images of a timed forward pass
-
-
-def best(scores: Tensor, pruning: Pruning) -> Tensor:
-    """The tokens of the highest scores, in order, as many as Zero-TPrune would keep."""
-    return scores.topk(pruning.counts(scores.shape[1])[1], dim=1).indices.sort(dim=1).values
-
-
-def by_votes(pruning: Pruning, attention: Tensor, keys: Tensor, prefix: int) -> Tensor:
-    return best(pruning.importance(attention, prefix, pruning.iterations), pruning)
-
-
-def by_likeness(pruning: Pruning, attention: Tensor, keys: Tensor, prefix: int) -> Tensor:
-    """Stage S alone, again and again where more than half of the tokens are to go."""
-    n = attention.shape[-1] - prefix
-    wanted, kept = pruning.counts(n)[1], torch.arange(n).expand(len(attention), n)
-    while kept.shape[1] > wanted:
-        m = kept.shape[1]
-        alone = Pruning(1.0, min(m - wanted, m // 2), 1, pruning.variance, pruning.uniform)
-        full = torch.cat((torch.arange(prefix).expand(len(kept), prefix), kept + prefix), dim=1)
-        graph = torch.stack([a[:, i][:, :, i] for a, i in zip(attention, full, strict=True)])
-        vectors = torch.stack([k[:, i] for k, i in zip(keys, full, strict=True)])
-        kept = kept.gather(1, alone.choose(graph / graph.sum(-1, keepdim=True), vectors, prefix))
-    return kept
-
-
-def by_class(pruning: Pruning, attention: Tensor, keys: Tensor, prefix: int) -> Tensor:
-    if not prefix:
-        raise DoesNotFit("this model has no class token whose attention could choose (pool='mean')")
-    return best(attention[:, :, 0, prefix:].mean(1), pruning)
-
-
-def at_random(generator: torch.Generator, pruning: Pruning, attention: Tensor, keys: Tensor, prefix: int) -> Tensor:
-    return best(torch.rand(len(attention), attention.shape[-1] - prefix, generator=generator), pruning)
-
-
-def ways() -> dict[str, list[Choose]]:
-    """Name -> how tokens are chosen; several where chance decides."""
-    return {"Zero-TPrune": [Pruning.choose], "votes alone": [by_votes], "likeness alone": [by_likeness],
-            "class attention": [by_class],
-            "random": [partial(at_random, torch.Generator().manual_seed(seed)) for seed in range(3)]}
 
 
 def trained(name: str, task: Task, steps: int) -> Model:
@@ -89,12 +47,13 @@ def trained(name: str, task: Task, steps: int) -> Model:
     return model.eval()
 
 
-def pruned(model: Model, keep: float, similar: float, choose: Choose) -> Model:
-    model = apply(model, "zero_tprune", keep=keep, similar=similar)
-    for module in model.modules():
-        if isinstance(module, Pruning):
-            module.choose = partial(choose, module)  # type: ignore[method-assign]
-    return model
+def accuracies(model: Model, task: Task, by: str) -> list[float]:
+    """On the whole test set; several where chance decides."""
+    found = []
+    for seed in range(3 if by == "random" else 1):
+        torch.manual_seed(seed)
+        found.append(task.evaluate(model, "test")["accuracy"])
+    return found
 
 
 @torch.no_grad()
@@ -133,15 +92,15 @@ def main() -> None:
     raw: list[dict[str, Any]] = [{"way": "unpruned", "accuracy": [accuracy], "tokens": tokens(whole, example),
                                   "macs": macs}]
     for keep in options.keep:
-        models = {name: [pruned(whole, keep, options.similar, c) for c in each] for name, each in ways().items()}
-        runs = {name: partial(each[0], example) for name, each in models.items()} | {"unpruned": partial(whole, example)}
+        models = {name: apply(whole, "zero_tprune", keep=keep, similar=options.similar, by=by) for name, by in WAYS.items()}
+        runs = {name: partial(m, example) for name, m in models.items()} | {"unpruned": partial(whole, example)}
         with torch.no_grad():
             seconds = take_turns(runs, options.rounds)
-        for name, each in models.items():
-            found = [task.evaluate(m, "test")["accuracy"] for m in each]
-            count, macs = tokens(each[0], example), None
+        for name, model in models.items():
+            found = accuracies(model, task, WAYS[name])
+            count, macs = tokens(model, example), None
             if name == "Zero-TPrune":  # the votes and likenesses of the others are not of use to compare
-                macs = count_macs(each[0], example) / BATCH
+                macs = count_macs(model, example) / BATCH
             gain = ratio(seconds, "unpruned", name)
             shown.append({"keep": keep, "way": name, "accuracy %": 100 * statistics.mean(found),
                           "tokens": statistics.mean(count), "M MACs": macs / 1e6 if macs else "",

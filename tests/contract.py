@@ -243,12 +243,14 @@ def gradient_checkpointing(case):
     model = case.build(drop_path=0.3)
     batch = model.example(4)
     plain = gradients(model, batch)
-    model.set_grad_checkpointing()
     ran = []
     layers = next(m.layers for m in model.modules() if hasattr(m, "checkpointing"))
     next(layers[0].children()).register_forward_hook(lambda *_: ran.append(1))
+    answer(model, batch)
+    once = len(ran)  # where layers are shared, more than 1
+    model.set_grad_checkpointing()
     assert_close(gradients(model, batch), plain)
-    assert len(ran) == 2  # the layer was run again in the backward pass
+    assert len(ran) == 3 * once > 0  # the layer was run again in the backward pass
 
 
 @check("model")

@@ -13,6 +13,7 @@ from golden_replay import compare, replay
 GOLDEN = Path(__file__).with_name("golden")
 MODELS = {  # file -> system, options that the tensors cannot tell
     "vit__vit_tiny_patch16_224": ("vit", {}),
+    "vit__vit_tiny_r_s16_p8_224": ("vit", {}),
     "swin__swin_tiny_patch4_window7_224": ("swin", {}),
     "poolformer__poolformer_s12": ("poolformer", {}),
     "denseformer__l6_d192_dil1": ("denseformer", {"context": 64}),

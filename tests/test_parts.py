@@ -216,7 +216,9 @@ def quadratic_cosformer(part, x, source=None, mask=None):
     k, v = part.kv(source).view(b, m, 2, part.heads, d).unbind(2)
     away = torch.arange(n)[:, None] - torch.arange(m)
     length = max(n, m) if part.length is None else part.length
-    weights = torch.einsum("bnhd,bmhd->bhnm", q, k.relu()) * torch.cos(math.pi / 2 * away / length).double()
+    weights = torch.einsum("bnhd,bmhd->bhnm", q, k.relu())
+    if part.reweight:
+        weights = weights * torch.cos(math.pi / 2 * away / length).double()
     if part.causal and source is x:
         weights = weights * (away >= 0)
     if mask is not None:
@@ -234,7 +236,8 @@ def shaken(module):
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 100])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"length": 120}, {"causal": True, "length": 120}])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"length": 120}, {"causal": True, "length": 120},
+                                     {"reweight": False}, {"reweight": False, "causal": True}])
 def test_cosformer_is_its_quadratic_form(n, options):
     part = shaken(CosFormer(12, Place(), heads=2, **options))
     x = torch.randn(2, n, 12, dtype=torch.float64, requires_grad=True)

@@ -19,18 +19,18 @@ _PUBLIC = {
     "Ctx": "core.ctx", "Place": "core.ctx", "Cache": "core.ctx",
     "Part": "core.part", "Resample": "core.part", "Residual": "core.part",
     "Model": "core.model", "Feature": "core.model",
-    "load": "weights.load", "save": "core.checkpoint",
+    "load": "weights.load", "from_pretrained": "weights.hub", "save": "weights.save",
     "apply": "core.transform", "list_transforms": "core.transform",
     "explain": "arena.explanations", "Explanation": "arena.explanations",
     "FormariumError": "core.errors",
     "compare": "arena.compare", "train": "arena.train", "pretrain": "arena.pretrain",
+    "replicate": "arena.replicate",
     "list_tasks": "tasks.registry", "get_task": "tasks.registry",
 }
 
 if TYPE_CHECKING:
     from .core.build import create_model, part, preset
     from .core.card import Card, Published
-    from .core.checkpoint import save
     from .core.ctx import Cache, Ctx, Place
     from .core.errors import FormariumError
     from .core.model import Feature, Model
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from .core.registry import add_module, card, list_models, list_parts
     from .core.spec import Spec, spec
     from .core.transform import apply, list_transforms
+    from .weights.hub import from_pretrained
     from .weights.load import load
+    from .weights.save import save
 
 __all__ = sorted(_PUBLIC)
 

@@ -93,11 +93,11 @@ def list_command(
         names = registry.list_models(pattern, kind=kind, domain=domain, tag=tag, text=text)
         if not names and pattern != "*" and not any("*?[" for c in pattern if c in "*?["):
             registry.find(pattern.split("/")[0])  # says what is near
-        rows = []
-        for system in dict.fromkeys(n.split("/")[0] for n in names):
-            c = registry.card(system)
-            rows.append({"system": system, "kind": c.kind, "domain": c.domain, "year": c.year,
-                         "presets": [n.split("/")[1] for n in names if n.startswith(f"{system}/")], "title": c.title})
+        presets: dict[str, list[str]] = {}
+        for system, _, preset in (n.partition("/") for n in names):
+            presets.setdefault(system, []).extend([preset] if preset else [])
+        rows = [{"system": system, "kind": c.kind, "domain": c.domain, "year": c.year, "presets": found, "title": c.title}
+                for system, found in presets.items() for c in [registry.card(system)]]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -109,6 +109,7 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
          module: Modules = []) -> None:  # noqa: B006
     """A system's card: what is new, published against measured parameters and MACs, how to use it."""
     _add(module)
+    from .arena.replicate import summaries
     from .arena.words import human, known
     from .core.registry import METHODS, find, split_name
 
@@ -120,11 +121,13 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
     for variant, published in c.variants.items():
         if only in (None, variant):
             rows.append({"preset": variant, "published": published} | _measured(f"{entry.name}/{variant}", published.input))
+    verdicts = summaries(entry.name)
     if as_json:
         from dataclasses import asdict
 
         measured = [{**r, "published": asdict(r["published"])} for r in rows]
-        print(json.dumps({"name": entry.name, **asdict(c), "measured": measured}, indent=1))
+        print(json.dumps({"name": entry.name, **asdict(c), "measured": measured, "replicated": verdicts},
+                         indent=1))
         return
     out().print(f"[bold]{entry.name}[/bold]  {c.title}", soft_wrap=True)
     where = ", ".join(filter(None, (c.authors, c.venue, f"arXiv {c.arxiv}" if c.arxiv else "", c.code, c.licence)))
@@ -149,8 +152,11 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
             out().print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
     layouts = getattr(entry.module, "KEYS", {})
     if layouts:
-        out().print(f"  model = fm.load('checkpoint.pth', name={entry.name!r})  # layouts: {', '.join(layouts)}",
-                  markup=False)
+        out().print(f"  model = fm.load('checkpoint.pth')  # reads the layouts: {', '.join(layouts)}", markup=False)
+    if verdicts:
+        out().print("\nReplicated (formarium replicate):", markup=False)
+    for v in verdicts:
+        out().print(f"  {v['study']}: {v['verdict']}. {v['what']}", markup=False, soft_wrap=True)
     if c.exceptions:
         out().print("\nWhere it departs: " + "; ".join(f"{k}: {v}" for k, v in c.exceptions.items()), markup=False)
 
@@ -205,10 +211,10 @@ def compare(
 def _print_comparison(found: Any) -> None:
     from functools import partial
 
-    from .arena.words import SHARES, human, number
+    from .arena.words import SHARES, called, human, number
 
     metric, percent = partial(number, found.metric), found.metric in SHARES
-    heads = [found.metric.replace("_", " ") + (" %" if percent else ""), "to the first", "params", "MACs", "train s",
+    heads = [called(found.metric) + (" %" if percent else ""), "to the first", "params", "MACs", "train s",
              "memory", "ms", "samples/s"]
     columns = len(heads) if out().width >= 110 else 5  # a narrow terminal gets what matters; the report has it all
     table = _table()
@@ -277,9 +283,54 @@ def train(
               markup=False, soft_wrap=True)
 
 
+@app.command("load")
+def load_command(
+    file: Annotated[Path, typer.Argument(help="Anyone's checkpoint: a file, an index of shards, or a folder with one.")],
+    name: Annotated[str | None, typer.Option(help="The system, or system/preset, where you know it.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Whose names the tensors have: timm, authors, formarium, ...")] = None,
+    part: Annotated[str | None, typer.Option(help="Which of several state dicts in the file, e.g. student.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Load what has a place; the rest is new.")] = False,
+    option: Annotated[list[str] | None, typer.Option(help="heads=6, or img_size=384 to adapt; may be repeated.")] = None,
+    written: Annotated[Path | None, typer.Option("--out", help="Write the model: a file of ours, unless --as.")] = None,
+    other: Annotated[str | None, typer.Option("--as", help="Write it in this layout (.safetensors, .pth).")] = None,
+    candidates: Annotated[bool, typer.Option("--candidates", help="Only say what the file may be, and why.")] = False,
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Find out what a checkpoint is and load it: what became of every tensor; with --out, convert it."""
+    _add(module)
+    if candidates:
+        from .weights.detect import detect
+        from .weights.files import read
+
+        rows = [{"system": c.system, "layout": c.layout, "under": c.prefix, "fits": "yes" if c.fits else "no", "why": c.why}
+                for c in detect(read(file).state if part is None else read(file, part=part).state)[:8]]
+        print(json.dumps(rows, indent=1)) if as_json else _print_rows(rows)
+        return
+    from .core.build import parse_name
+    from .core.model import Model
+    from .weights.load import load
+    from .weights.save import save
+
+    if other is not None and written is None:
+        raise FormariumError(f"--as {other} says how to write the model; say where by --out")
+    options = parse_name(f"model:{','.join(option)}")[1] if option else {}
+    model, report = load(file, name, layout=layout, part=part, partial=partial, report=True, **options)
+    if written is not None:
+        if not isinstance(model, Model):
+            raise FormariumError(f"{file} holds {report.model}, which is no whole model, so it cannot be written")
+        save(model, written, layout=other)
+    if as_json:
+        print(json.dumps(report.as_dict() | ({"written": str(written)} if written else {}), indent=1))
+        return
+    print(report)
+    if written is not None:
+        print(f"written: {written}")
+
+
 @app.command()
 def apply(
-    source: Annotated[str, typer.Argument(help="A model's name, or a file of ours.")],
+    source: Annotated[str, typer.Argument(help="A model's name, or anyone's file.")],
     transforms: Annotated[list[str], typer.Argument(help="Applied in order, e.g. 'zero_tprune(keep=0.7)' llm_int8")],
     file: Annotated[Path, typer.Option("--out", help="Where the transformed model is written (.safetensors).")],
     as_json: Json = False,
@@ -288,13 +339,14 @@ def apply(
     """Transform a model, say what changed, and write it; formarium list --kind transform names the transforms."""
     _add(module)
     from .core.build import create_model
-    from .core.checkpoint import save
     from .core.model import Model
     from .core.transform import apply, size
     from .weights.load import load
+    from .weights.save import save
 
-    model = load(source) if Path(source).is_file() else create_model(source)
-    assert isinstance(model, Model)
+    model = load(source) if Path(source).exists() else create_model(source)
+    if not isinstance(model, Model):
+        raise FormariumError(f"{source} holds a {type(model).__name__} alone, which is no whole model")
     rows = {"before": size(model)}
     for transform in transforms:
         model = apply(model, transform, copy=False)
@@ -361,8 +413,70 @@ def pretrain(
 
 
 @app.command()
+def replicate(
+    names: Annotated[list[str] | None, typer.Argument(help="Studies, or files of yours that end in .py.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every study.")] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="Every study without a result, or with a stale one.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps: does it run? No verdict.")] = False,
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side, each with one thread; else one a processor.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write the page and the table of all results.")] = False,
+    folder: Out = None,
+    as_json: Json = False,
+    module: Modules = [],  # noqa: B006
+) -> None:
+    """Does a paper's claim hold at this scale? Runs its study and gives the verdict; no name lists the studies."""
+    _add(module)
+    from .arena import replicate as lab
+    from .arena.study import studies
+    from .progress import Bars
+
+    why = lab.changed() if changed else {}
+    for name, reason in why.items():
+        print(f"{name}: {reason}", file=sys.stderr)
+    wanted = list(dict.fromkeys([*(names or ()), *(studies() if everything else ()), *why]))
+    if not (wanted or report or changed or everything):
+        _print_studies(as_json)
+        return
+    found, failed = [], {}
+    for name in wanted:
+        try:
+            with Bars(quiet=as_json) as bars:
+                found.append(lab.replicate(name, quick=quick, jobs=jobs, out=folder, watcher=bars))
+        except Stopped:
+            raise
+        except FormariumError as error:
+            if len(wanted) == 1:
+                raise
+            failed[name] = str(error)
+            continue
+        if not as_json:
+            out().print(f"{found[-1]!r}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"results": [r.record for r in found], "failed": failed}, indent=1))
+    for name, reason in failed.items():
+        print(f"formarium: {name}: {reason}", file=sys.stderr)
+    if report:
+        from .arena.replication_page import write_replication
+
+        for path in write_replication(folder):
+            print(f"written: {path}", file=sys.stderr)
+    if failed:
+        raise FormariumError(f"{len(failed)} of {len(wanted)} studies did not run: {', '.join(failed)}")
+
+
+def _print_studies(as_json: bool) -> None:
+    from .arena.replicate import summaries
+
+    rows = summaries()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    _print_rows(rows)
+
+
+@app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="A file of ours, or a name.")],
+    model: Annotated[str, typer.Argument(help="Anyone's file, or a name.")],
     image: Annotated[Path, typer.Argument(help="A picture; it is brought to the model's size.")],
     method: Annotated[str, typer.Option(help="transformer_attribution, rollout, raw_attention, grad_cam, gradient, ...")]
     = "transformer_attribution",

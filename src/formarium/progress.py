@@ -38,8 +38,8 @@ class Bars:
         self.total = cells
         self.progress.update(self.all, total=cells, visible=cells > 1)
 
-    def begin(self, model: str, lr: float, seed: int) -> None:
-        self.said = f"{model}  lr {lr:g}  seed {seed}"
+    def begin(self, model: str, lr: float | None, seed: int) -> None:
+        self.said = f"{model}{'' if lr is None else f'  lr {lr:g}'}  seed {seed}"
         self.progress.reset(self.one, description=self.said, visible=True)
 
     def step(self, progress: float, loss: float | None) -> None:

@@ -164,7 +164,8 @@ def test_golden():
     state, (x,), golden = replay(GOLDEN)
     model = load(state, "adaptformer")
     assert model.recipe == {"name": "vit/small", "changes": {"num_classes": 100},
-                            "transforms": [{"name": "adaptformer", "settings": {"bottleneck": 64}}]}
+                            "transforms": [{"name": "adaptformer",
+                                            "settings": {"bottleneck": 64, "scale": 0.1, "mode": "parallel"}}]}
     assert count_parameters(model) == golden["parameters"]
     assert compare(golden, model(x)) < 1e-5
     with pytest.raises(AssertionError, match="differs by"):
@@ -180,11 +181,11 @@ def test_their_names(options):
     assert {"blocks.3.adaptmlp.down_proj.weight", "blocks.0.attn.v_proj.bias", "blocks.2.fc1.weight", "norm.weight",
             "head.1.weight", "head.0.running_var"} <= set(theirs.state)
     batch = model.example(2)
-    assert_close(load(theirs.state, "adaptformer")(batch), model(batch))
+    assert_close(load(theirs.state, "adaptformer", heads=1)(batch), model(batch))
     state = {k: v.clone() for k, v in theirs.state.items()} | {"head.0.num_batches_tracked": torch.tensor(5)}
     mean, var = torch.randn(64), torch.rand(64) + 0.5
     state |= {"head.0.running_mean": mean, "head.0.running_var": var}
     pooled = model.forward_features(batch)[:, 0]
     probed = F.batch_norm(pooled, mean, var, eps=1e-6) @ state["head.1.weight"].T + state["head.1.bias"]
-    assert_close(load(state, "adaptformer")(batch), probed)
+    assert_close(load(state, "adaptformer", heads=1)(batch), probed)
     assert isinstance(model.stages[0].layers[0]["channel"].residual.inner, Mlp)

@@ -80,3 +80,14 @@ def test_marks_are_tokens():
     assert out.shape == model(batch).shape
     assert not torch.allclose(out, model(batch))
     assert_close(model(batch, marks.flip(-1)), out)
+
+
+def test_linear_layers_start_as_the_authors():
+    """PyTorch's start, uniform up to 1 / sqrt(inputs); Xavier's reaches further. The residual scheme has the last word."""
+    model = create_model("itransformer/nano")
+    for layer in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+        bound = layer.in_features**-0.5
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+        assert 0.5 * bound < layer.bias.abs().max() <= bound
+    deep = create_model("itransformer/nano", residual="deepnet")
+    assert not deep.stack.layers[0].mixer.inner.proj.bias.any()

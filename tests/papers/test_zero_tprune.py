@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from formarium.core.build import create_model
 from formarium.core.ctx import Ctx
-from formarium.core.errors import DoesNotFit
+from formarium.core.errors import DoesNotFit, UnknownName
 from formarium.core.macs import count_macs
 from formarium.core.transform import apply
-from formarium.papers.transforms.zero_tprune import GRAPH, SCHEDULES, Pruning
+from formarium.papers.transforms.zero_tprune import CHOICES, GRAPH, SCHEDULES, Pruning
 
 
 def pruning(keep=0.6, similar=0.2, iterations=4, variance=(0.01, 0.7), uniform=False):
@@ -287,3 +287,34 @@ def test_graph_is_of_the_layer_before():
     (attention, keys), = seen
     assert (attention.shape, keys.shape) == ((2, 4, 50, 50), (2, 4, 50, 16))
     assert_close(attention.sum(-1), torch.ones(2, 4, 50))
+
+
+@torch.no_grad()
+def test_other_choices_keep_as_many_tokens():
+    """Votes alone: stage I of all tokens. Class: what it attends to most. Random: another choice in each call."""
+    attention, keys = graphs(n=12)
+    made = {name: kind(0.5, 0.2, 4, (0.01, 0.7), False) for name, kind in CHOICES.items()}
+    chosen = {name: one.choose(attention, keys, 1) for name, one in made.items()}
+    for kept in chosen.values():
+        assert kept.shape == chosen["graph"].shape == (3, 4)
+        assert (kept.diff(dim=1) > 0).all()
+    scores = {"votes": made["graph"].importance(attention, 1, 4), "class": attention[:, :, 0, 1:].mean(1)}
+    for name, score in scores.items():
+        left_out = score.scatter(1, chosen[name], -1.0)
+        assert (score.gather(1, chosen[name]).amin(1) > left_out.amax(1)).all()
+    assert any(not torch.equal(made["random"].choose(attention, keys, 1), chosen["random"]) for _ in range(5))
+    alone = Pruning(1.0, 5, 4, (0.01, 0.7), False).choose(attention, keys, 1)
+    assert_close(CHOICES["likeness"](1.0, 5, 4, (0.01, 0.7), False).choose(attention, keys, 1), alone)
+
+
+@torch.no_grad()
+def test_other_choices_by_name():
+    for by in CHOICES:
+        model = apply(create_model("vit/nano"), f"zero_tprune(keep=0.7,by={by})").eval()
+        x, _ = model.encode(*model.embed(model.example(2)))
+        assert x.shape[1] == 1 + 15
+    with pytest.raises(UnknownName, match="random"):
+        apply(create_model("vit/nano"), "zero_tprune(by=randon)")
+    model = apply(create_model("vit/nano:pool=mean"), "zero_tprune(by=class)").eval()
+    with pytest.raises(DoesNotFit, match="no class token"):
+        model(model.example(1))

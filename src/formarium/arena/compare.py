@@ -23,7 +23,7 @@ from .machine import describe_machine
 from .measure import peak_memory, speeds
 from .report import write_report
 from .train import Diverged, Run, build_for, slug
-from .words import number
+from .words import called, number
 
 THROUGHPUT_BATCH = 64
 
@@ -32,7 +32,7 @@ class Watcher:
     """Hears how a comparison goes; the command line draws it. These do nothing."""
 
     def plan(self, cells: int) -> None: ...
-    def begin(self, model: str, lr: float, seed: int) -> None: ...
+    def begin(self, model: str, lr: float | None, seed: int) -> None: ...
     def step(self, progress: float, loss: float | None) -> None: ...
     def end(self, model: str, found: dict[str, Any]) -> None: ...
 
@@ -229,7 +229,7 @@ def verdict_of(rows: list[dict[str, Any]], metric: str, higher_is_better: bool) 
     ranked = sorted((r for r in rows if r["test"]), key=lambda r: -sign * r["test"][metric]["mean"])
     if not ranked:
         return "Every run failed; the table says why."
-    best, name = ranked[0], metric.replace("_", " ")
+    best, name = ranked[0], called(metric)
     failed = [r["model"] for r in rows if r["status"] == "failed"]
     tail = f" {' and '.join(failed)} failed at least once." if failed else ""
     said = f"{best['model']} reaches {number(metric, best['test'][metric]['mean'], unit=' %')} {name}"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from .plots import COLOURS, ROUNDS, Page
-from .words import esc
+from .words import esc, known
 
 
 def model_name(i: int, model: str, below: str = "") -> str:
@@ -15,6 +15,12 @@ def model_name(i: int, model: str, below: str = "") -> str:
               f'stroke-dasharray="{" ".join(map(str, dashes))}"/><path d="{shape}" fill="{colour}"/></svg>')
     return (f'<span class="model" data-pick="{i}"><span class="number">{i + 1}</span>{swatch}'
             f'<span><b class="name">{breakable}</b>{below}</span></span>')
+
+
+def cell(text: str, value: float | None = None, hint: str = "", kind: str = "") -> str:
+    """A td; value: what the column is sorted by; hint: shown where the pointer rests; kind: its class."""
+    told = "".join(f' {k}="{esc(v)}"' for k, v in (("title", hint), ("class", kind)) if v)
+    return f'<td data-v="{value if known(value) else ""}"{told}>{text}</td>'
 
 
 def grid(kind: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -12,6 +12,7 @@ from ..core.errors import BadCheckpoint
 from ..core.model import Model
 from ..core.transform import replay
 from ..weights.files import read
+from ..weights.keys import State
 from ..weights.load import load
 
 HEAD = "head."
@@ -32,8 +33,8 @@ def with_fingerprint(settings: dict[str, Any]) -> dict[str, Any]:
 def take_weights(model: Model, path: str | Path) -> dict[str, Any]:
     """Copies the file's tensors of equal name and shape, but for the head; {"taken", "of", "left": names}.
 
-    A file of ours may be of any system; another is read through the KEYS of the model's. None that fits: BadCheckpoint. A
-    model with transforms that the file's has not takes the weights as it was before them.
+    A file of ours may be of any system; another is read as of the model's, else as what its tensors say. None that fits:
+    BadCheckpoint. A model with transforms that the file's has not takes the weights as it was before them.
     """
     system = model.recipe["name"].split("/")[0]
     contents = read(path)
@@ -45,7 +46,7 @@ def take_weights(model: Model, path: str | Path) -> dict[str, Any]:
         model.load_state_dict(replay(before, wanted[len(done):]).state_dict())
         return told
     if recipe is None:
-        state = load(state, system).state_dict()
+        state = _read_as(system, state)
     own = model.state_dict()
     taken = [k for k, v in own.items() if not k.startswith(HEAD) and k in state and state[k].shape == v.shape]
     if not taken:
@@ -54,3 +55,14 @@ def take_weights(model: Model, path: str | Path) -> dict[str, Any]:
     for name in taken:
         own[name].copy_(state[name])
     return {"taken": len(taken), "of": len(own), "left": [k for k in own if k not in taken]}
+
+
+def _read_as(system: str, state: State) -> State:
+    """Another's tensors under our names: those of this system, else of the one that they are recognised as."""
+    try:
+        return load(state, system).state_dict()
+    except BadCheckpoint as refused:
+        try:
+            return load(state).state_dict()
+        except BadCheckpoint:
+            raise refused from None

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.checkpoint import write_atomically
 from ..core.errors import FormariumError
 from .config import CompareConfig, read_json
+from .html import cell as _cell
 from .html import grid, legend, model_name
 from .plots import COSTS, NAMED, Page, figures
 from .words import SHARES, called, capital, duration, esc, human, known, number
@@ -54,8 +55,9 @@ def _about(page: Page) -> dict[str, str]:
     }[kind]
     sizes = ", ".join(f"{n:,} {esc(split)}".replace(" val", " validation") for split, n in info["sizes"].items())
     unit = "predicted bytes" if "byte" in page.metric else "samples"
+    note = capital(esc(info["note"]).rstrip("."))
     return {
-        "data": ". ".join(filter(None, (f"{esc(info['title'])}: {sizes} ({unit})", capital(esc(info["note"]).rstrip("."))))) + ".",
+        "data": ". ".join(filter(None, (f"{esc(info['title'])}: {sizes} ({unit})", note))) + ".",
         "source": f'<a href="{source}" rel="noreferrer">{source}</a>' if re.match("https?://", source) else source,
         "licence": esc(info["licence"]), "budget": f"{budget}, in batches of {plan['batch_size']}", "unequal": unequal,
         "seeds": f"{len(seeds)} ({', '.join(map(str, seeds))}); every model is trained once with each" if len(seeds) > 1
@@ -82,10 +84,6 @@ def command(plan: dict[str, Any]) -> str:
     options = [("task", plan["task"]), *plan["budget"].items(), ("seeds", len(seeds)), ("batch-size", plan["batch_size"]),
                *(("lr", lr) for lr in plan["lrs"])]
     return shlex.join(["formarium", "compare", *models, *(word for k, v in options for word in (f"--{k}", str(v)))])
-
-
-def _cell(text: str, value: float | None = None, hint: str = "") -> str:
-    return f'<td data-v="{value if known(value) else ""}"{f""" title="{esc(hint)}" """ if hint else ""}>{text}</td>'
 
 
 def _marked(texts: Sequence[str], values: Sequence[float | None], better: int) -> list[str]:

@@ -25,7 +25,8 @@ class Card:
     kind: what the file exports ("backbone", "language", ... for models; "mixer", "channel", "norm", "residual",
     "position" for parts; "transform", "objective", "explanation" for what acts on models); variants: preset -> Published,
     the first is the default; hosts: for a part, models it is
-    tested on; can: properties that tests hold it to; exceptions: contract check -> why it does not hold here.
+    tested on; can: properties that tests hold it to; exceptions: contract check -> why it does not hold here;
+    confused_with: other systems whose models have the same tensors -> what tells them apart, which no file says.
     """
 
     title: str
@@ -43,3 +44,4 @@ class Card:
     hosts: tuple[str, ...] = ()
     can: tuple[str, ...] = ()
     exceptions: dict[str, str] = field(default_factory=dict)
+    confused_with: dict[str, str] = field(default_factory=dict)

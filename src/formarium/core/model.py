@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .ctx import Ctx
+from .hub import OnHub
 
 
 class Feature(NamedTuple):
@@ -48,10 +49,11 @@ class Trainable(nn.Module):
         return [{"params": [p for n, p in named if decays(n, p) is yes], "weight_decay": wd} for yes, wd in groups]
 
 
-class Model(Trainable):
+class Model(Trainable, OnHub):
     """batch -> embed -> tokens, ctx -> encode -> tokens, ctx -> head -> answer.
 
     `recipe` says how the model was made ({"name", "changes"}); `create_model` writes it, files carry it.
+    `save_pretrained`, `push_to_hub`, `from_pretrained` are those of huggingface_hub's mixin.
     """
 
     recipe: dict[str, Any]

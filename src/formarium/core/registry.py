@@ -7,14 +7,21 @@ joins by `add_module("my.py")` (`--module my.py`) or by an entry point of the gr
 import ast
 import importlib
 import importlib.util
+import json
+import os
 import re
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cache, cached_property
+from glob import escape, iglob
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zlib import crc32
 
 from .card import Card, Published
 from .errors import FormariumError, unknown
@@ -52,6 +59,62 @@ def _assigned(pattern: re.Pattern[str], path: Path) -> Any:
         raise FormariumError(f"{path}: {found[0][:20]!r}... must be made of literals only ({error})") from error
 
 
+def cache_folder() -> Path:
+    """The user's folder of what can be made again: formarium in XDG_CACHE_HOME, LOCALAPPDATA (Windows) or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/.cache")
+    return Path(root, "formarium")
+
+
+class Cards:
+    """Cards by file. To parse hundreds takes longer than to list them, so they are kept in the cache folder, each with its
+    file's times and size, all with a checksum. No cache, or a damaged one, is none."""
+
+    def __init__(self) -> None:
+        self.path = cache_folder() / f"cards-{crc32(os.fsencode(PACKAGE)):08x}.json"
+        self.seed = crc32(repr([self.stamp(Path(__file__).with_name(f)) for f in ("card.py", "registry.py")]).encode())
+        self.kept: dict[str, Any] = {}
+        self.new: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            head, _, body = self.path.read_bytes().partition(b"\n")
+            if int(head) == crc32(body, self.seed):
+                self.kept = json.loads(body)
+
+    @staticmethod
+    def stamp(path: Path) -> list[int]:
+        found = path.stat()
+        return [found.st_mtime_ns, found.st_ctime_ns, found.st_size]
+
+    def read(self, path: Path) -> Any:
+        stamp, (known, card) = self.stamp(path), self.kept.get(str(path), (None, None))
+        if known == stamp:
+            return _thaw(card)
+        card = _assigned(_CARD, path)
+        if card is not None and time.time_ns() - stamp[0] > 2e9:  # else it may change again within one tick of the clock
+            frozen = asdict(card)
+            if _thaw(json.loads(json.dumps(frozen))) == card:
+                self.new[str(path)] = stamp, frozen
+        return card
+
+    def keep(self, paths: Iterable[Path]) -> None:
+        """Writes what was read anew; of all others, those of `paths` stay."""
+        rows = {str(p): row for p in paths if (row := self.new.get(str(p)) or self.kept.get(str(p)))}
+        if self.new:
+            body, temporary = json.dumps(rows).encode(), self.path.with_suffix(f".{os.getpid()}")
+            with suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(b"%d\n" % crc32(body, self.seed) + body)
+                temporary.replace(self.path)
+        self.kept, self.new = rows, {}
+
+
+def _thaw(card: dict[str, Any]) -> Card:
+    variants = {n: Published(**{**p, "input": p["input"] and tuple(p["input"])}) for n, p in card["variants"].items()}
+    return Card(**{**card, "variants": variants, **{k: tuple(card[k]) for k in ("tags", "hosts", "can")}})
+
+
+cards = cache(Cards)
+
+
 @dataclass(frozen=True)
 class Entry:
     """A system: where its file is, its card (read as text), its module (imported on use)."""
@@ -62,7 +125,7 @@ class Entry:
 
     @cached_property
     def card(self) -> Card:
-        return _assigned(_CARD, self.path)
+        return cards().read(self.path)
 
     @property
     def is_part(self) -> bool:
@@ -117,6 +180,11 @@ def _built_in() -> dict[str, Entry]:
 
 @cache
 def _entry_points() -> dict[str, Entry]:
+    folders = [f or os.curdir for f in sys.path]
+    listed = (file for f in folders for file in iglob(os.path.join(escape(f), "*-[iI][nN][fF][oO]", "entry_points.txt")))
+    if not any(map(os.path.isfile, folders)) and not any(b"formarium.papers" in Path(f).read_bytes() for f in listed):
+        return {}  # at a tenth of the time that importlib.metadata takes to say so
+
     from importlib.metadata import entry_points
 
     found = {}
@@ -134,10 +202,10 @@ def systems() -> dict[str, Entry]:
 
 def find(name: str) -> Entry:
     """The system called `name`; an unknown name raises with the nearest ones."""
-    known = systems()
-    if name not in known:
-        raise unknown("system", name, known)
-    return known[name]
+    for known in (_added, _built_in(), _entry_points()):
+        if name in known:
+            return known[name]
+    raise unknown("system", name, systems())
 
 
 def card(name: str) -> Card:
@@ -162,14 +230,15 @@ def list_models(pattern: str = "*", *, kind: str | None = None, domain: str | No
                 text: str | None = None) -> list[str]:
     """Names "system/variant" that match, "system" where it has no models: a glob, the card's kind, domain, a tag, a text in
     title, claim or tags."""
-    names = []
-    for entry in systems().values():
+    names, entries = [], systems().values()
+    for entry in entries:
         c = entry.card
         if kind not in (None, c.kind) or domain not in (None, c.domain) or (tag is not None and tag not in c.tags):
             continue
         if text is not None and text.lower() not in f"{entry.name} {c.title} {c.claim} {' '.join(c.tags)}".lower():
             continue
         names += [f"{entry.name}/{v}" for v in c.variants] or [entry.name]
+    cards().keep(e.path for e in entries)
     return [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.split("/")[0], pattern)]
 
 

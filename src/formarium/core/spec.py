@@ -94,10 +94,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The value that `to_json` wrote. Only names inside this package or a registered paper are imported."""
+    """The value that `to_json` wrote. Only names of parts, skeletons and papers, or of a user's papers, are imported."""
     if isinstance(value, dict) and "spec" in value:
         module, _, name = value["spec"].partition(":")
-        if module.split(".")[0] not in ("formarium", "formarium_user"):
+        if not module.startswith(("formarium.parts.", "formarium.skeletons.", "formarium.papers.", "formarium_user.")):
             raise DoesNotFit(f"the recipe names {value['spec']!r}, which is not a part of Formarium")
         try:
             target = getattr(importlib.import_module(module), name)

@@ -1,5 +1,6 @@
 """From images to tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from ..core.ctx import Ctx
 from ..core.errors import DoesNotFit
 from ..core.part import Resample
 from ..core.spec import Spec, spec
+from ..weights.adapt import Change, refit_kernel
 from .norm import NoNorm
 from .position import AbsolutePosition, NoPosition
 from .stem import Stem
@@ -60,6 +62,7 @@ class PatchEmbed(Resample):
     """
 
     undecayed = ("cls",)
+    adapts = ("in_chans", "patch")
 
     def __init__(self, in_chans: int, dim: int, *, patch: int | tuple[int, int] = 16,
                  img_size: int | Sequence[int] | None = None, class_token: bool = False,
@@ -71,14 +74,18 @@ class PatchEmbed(Resample):
         channels, stride = (in_chans, 1) if self.stem is None else (self.stem.channels, self.stem.stride)
         self.step = (self.patch[0] * stride, self.patch[1] * stride)
         self.img_size = None if img_size is None else pair(img_size)
-        tokens = 0
+        grid = None
         if self.img_size is not None:
             check_multiple(self.img_size, self.step, "patch embedding")
-            tokens = self.img_size[0] // self.step[0] * (self.img_size[1] // self.step[1])
+            grid = (self.img_size[0] // self.step[0], self.img_size[1] // self.step[1])
         self.proj = nn.Conv2d(channels, dim, self.patch, self.patch)
         self.norm = norm(dim)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        self.position = position(dim, tokens + int(class_token))
+        prefix = int(class_token)
+        self.position = position.offer(grid=grid, prefix=prefix)(dim, prefix + (math.prod(grid) if grid else 0))
+
+    def refit(self, name: str, tensor: Tensor | None, was: "PatchEmbed") -> Change | None:
+        return refit_kernel(tensor, self.proj.weight.shape) if name == "proj.weight" and tensor is not None else None
 
     def forward(self, x: Float[Tensor, "b c h w"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
         x, ctx = self.tokens(x, ctx)
@@ -107,10 +114,17 @@ class PatchEmbed(Resample):
 class ConvEmbed(Resample):
     """Overlapping patches: one padded convolution with stride (PVT v2, PoolFormer). Takes images or tokens on a grid."""
 
+    adapts = ("in_chans",)
+
     def __init__(self, in_chans: int, dim: int, *, kernel: int = 3, stride: int = 2, padding: int = 1) -> None:
         super().__init__()
         self.in_chans, self.step = in_chans, (stride, stride)
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
+
+    def refit(self, name: str, tensor: Tensor | None, was: "ConvEmbed") -> Change | None:
+        if name != "proj.weight" or tensor is None or tensor.shape[2:] != self.proj.weight.shape[2:]:
+            return None  # patches that overlap are not enlarged one by one
+        return refit_kernel(tensor, self.proj.weight.shape)
 
     def forward(self, x: Tensor, ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
         if x.ndim == 3 and ctx.grid is not None:

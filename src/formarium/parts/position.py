@@ -1,5 +1,6 @@
 """Positions: added to the tokens once (AbsolutePosition), or working on the scores of every layer (ScorePosition)."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from ..core.ctx import Ctx
 from ..core.errors import DoesNotFit
 from ..core.spec import Spec, spec
+from ..weights.adapt import Change, refit_map
 
 PARTS = {
     "position": {"learned": "LearnedPosition", "rotary": "Rotary", "none": "NoPosition"},
@@ -68,12 +70,20 @@ def positions(n: int, ctx: Ctx, device: torch.device) -> Float[Tensor, "b n"]:
 
 
 class LearnedPosition(AbsolutePosition):
-    """One learned vector a place."""
+    """One learned vector a place.
+
+    grid: the places are cells of a map of these sides, after `prefix` of class or register tokens; None: of a sequence.
+    """
 
     undecayed = ("table",)
+    adapts = ("img_size", "patch", "context")
 
-    def __init__(self, dim: int, tokens: int, *, std: float = 0.02) -> None:
+    def __init__(self, dim: int, tokens: int, *, std: float = 0.02, grid: tuple[int, ...] | None = None,
+                 prefix: int = 0) -> None:
         super().__init__(dim, tokens)
+        if grid is not None and prefix + math.prod(grid) != tokens:
+            raise DoesNotFit(f"{prefix} tokens before a grid of {'x'.join(map(str, grid))} are not {tokens} tokens")
+        self.grid, self.prefix = grid, prefix
         self.table = nn.Parameter(torch.empty(1, tokens, dim))
         nn.init.trunc_normal_(self.table, std=std, a=-2 * std, b=2 * std)
 
@@ -85,6 +95,20 @@ class LearnedPosition(AbsolutePosition):
             raise DoesNotFit(f"learned positions for {self.tokens} tokens, got {start + x.shape[1]}; build the model with "
                              "a longer context, or with position='rotary'")
         return x + self.table[:, start:start + x.shape[1]]
+
+    def refit(self, name: str, tensor: Tensor | None, was: "LearnedPosition") -> Change | None:
+        if name != "table" or tensor is None:
+            return None
+        if (self.prefix, self.grid is None) != (was.prefix, was.grid is None):
+            of = ["a sequence" if p.grid is None else "a grid" for p in (was, self)]
+            raise DoesNotFit(f"the file has {was.prefix} tokens before {of[0]}, the model {self.prefix} before {of[1]}")
+        if self.grid is not None and was.grid is not None:
+            return None if self.grid == was.grid else refit_map(tensor, 1, was.grid, self.grid, prefix=self.prefix)
+        if self.tokens < was.tokens:
+            return Change(tensor[:, :self.tokens], f"the first {self.tokens} of {was.tokens} positions kept")
+        if self.tokens > was.tokens:
+            return refit_map(tensor, 1, (was.tokens,), (self.tokens,))._replace(grows=True)
+        return None
 
 
 class NoPosition(AbsolutePosition):

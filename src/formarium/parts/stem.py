@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..weights.adapt import Change, refit_kernel
+
 
 class Stem(nn.Module):
     """Images (B, in_chans, H, W) -> maps (B, channels, H / stride, W / stride). Built as stem(in_chans)."""
@@ -59,6 +61,8 @@ class ResNetStem(Stem):
     layers: blocks of each stage; () is the root alone.
     """
 
+    adapts = ("in_chans",)
+
     def __init__(self, in_chans: int, *, layers: tuple[int, ...] = (3, 4, 9), width: int = 64) -> None:
         super().__init__()
         self.conv, self.norm = StdConv(in_chans, width, 7, 2), nn.GroupNorm(32, width)
@@ -72,6 +76,11 @@ class ResNetStem(Stem):
                 self.channels = 4 * width * 2**i
             self.stride *= stride
             self.stages.append(nn.Sequential(*blocks))
+
+    def refit(self, name: str, tensor: Tensor | None, was: "ResNetStem") -> Change | None:
+        """Not exact for fewer channels: the standardisation gives each output channel another scale."""
+        change = refit_kernel(tensor, self.conv.weight.shape) if name == "conv.weight" and tensor is not None else None
+        return change and change._replace(how=f"{change.how}, then standardised anew")
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b o h2 w2"]:
         x = F.relu(self.norm(self.conv(x)))

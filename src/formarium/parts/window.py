@@ -1,9 +1,12 @@
 """Windows on a grid: cut tokens into them, put them back, and the bias of relative positions inside one."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from ..weights.adapt import Change, refit_map
 
 
 def to_windows(x: Float[Tensor, "b h w c"], window: tuple[int, int],
@@ -51,16 +54,24 @@ class RelativeBias(nn.Module):
     """A learned number for each head and each offset inside a window (Swin, arXiv 2103.14030, Eq. 4)."""
 
     undecayed = ("table",)
+    adapts = ("window", "img_size")
     index: Tensor
 
     def __init__(self, window: tuple[int, int], heads: int) -> None:
         super().__init__()
         h, w = window
+        self.offsets = (2 * h - 1, 2 * w - 1)
         self.table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), heads))
         nn.init.trunc_normal_(self.table, std=0.02, a=-0.04, b=0.04)
-        place = torch.cartesian_prod(torch.arange(h), torch.arange(w))
-        offset = place[:, None] - place + torch.tensor([h - 1, w - 1])
-        self.register_buffer("index", offset[..., 0] * (2 * w - 1) + offset[..., 1], persistent=False)
+        y, x = np.divmod(np.arange(h * w), w)  # not torch, whose meta device imports its compiler to subtract
+        down, right = y[:, None] - y + h - 1, x[:, None] - x + w - 1
+        self.register_buffer("index", torch.tensor(down * (2 * w - 1) + right), persistent=False)
 
     def forward(self) -> Float[Tensor, "heads m m"]:
         return self.table[self.index.flatten()].view(*self.index.shape, -1).permute(2, 0, 1)
+
+    def refit(self, name: str, tensor: Tensor | None, was: "RelativeBias") -> Change | None:
+        """As the authors of Swin do for another window, but antialiased."""
+        if tensor is None or self.offsets == was.offsets:
+            return None
+        return refit_map(tensor, 0, was.offsets, self.offsets)

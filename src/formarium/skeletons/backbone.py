@@ -14,6 +14,7 @@ from ..core.part import Resample, Residual
 from ..core.spec import Spec, spec
 from ..parts.embed import pair, to_map
 from ..parts.norm import LayerNorm
+from ..weights.adapt import Change, refit_classifier
 from .stack import Stack, Sublayers
 
 
@@ -34,6 +35,9 @@ class Backbone(Model):
     pool: "token" takes the first token, "mean" the mean over the grid. num_classes: 0 gives the pooled features.
     pool_first: pool before the final norm, not after.
     """
+
+    pipeline = "image-classification"
+    adapts = ("num_classes",)
 
     def __init__(self, embed: Resample, stages: Sequence[Stage], *, img_size: int | Sequence[int],
                  norm: Spec[nn.Module] = spec(LayerNorm), num_classes: int = 1000, pool: str = "mean",
@@ -70,6 +74,9 @@ class Backbone(Model):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         self.head = head if old is None else head.to(old.device, old.dtype)
+
+    def refit(self, name: str, tensor: Tensor | None, was: "Backbone") -> Change | None:
+        return refit_classifier(self, name, was)
 
     @property
     def feature_info(self) -> list[FeatureInfo]:

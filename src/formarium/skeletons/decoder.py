@@ -13,6 +13,7 @@ from ..core.model import Model
 from ..core.spec import Spec, spec
 from ..parts.norm import LayerNorm
 from ..parts.position import AbsolutePosition
+from ..weights.adapt import Change, refit_vocabulary
 from .stack import Stack
 
 
@@ -22,6 +23,9 @@ class Decoder(Model):
     tie: the head uses the embedding's weights. context: the longest sequence it is built for. token: what embeds the ids,
     where that is no plain table; `logits` is then the model's own.
     """
+
+    pipeline = "text-generation"
+    adapts = ("vocab",)
 
     def __init__(self, vocab: int, context: int, stack: Stack, *, position: Spec[AbsolutePosition],
                  norm: Spec[nn.Module] = spec(LayerNorm), tie: bool = True, token: nn.Module | None = None) -> None:
@@ -41,6 +45,9 @@ class Decoder(Model):
             if getattr(module, "across_tokens", False):
                 raise DoesNotFit(f"{type(module).__name__} does not fit here: in a language decoder no token may see a "
                                  "later one, and it takes statistics over all of them")
+
+    def refit(self, name: str, tensor: Tensor | None, was: "Decoder") -> Change | None:
+        return refit_vocabulary(name, tensor, {"token.weight": self.vocab, "head.weight": self.vocab})
 
     def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Int[Tensor, "b n"]:
         return torch.randint(self.vocab, (batch, *(shape or (self.context,))))

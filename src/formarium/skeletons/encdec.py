@@ -16,6 +16,7 @@ from ..core.part import Residual
 from ..core.spec import Spec, spec
 from ..parts.norm import NoNorm
 from ..parts.position import AbsolutePosition
+from ..weights.adapt import Change, refit_vocabulary
 from .stack import Stack
 
 TIES = ("all", "target", "none")
@@ -39,6 +40,9 @@ class EncDec(Model):
     "target": those of the target alone, "none". scale_embedding: embeddings are multiplied by sqrt(dim).
     norm: after each stack, for residual schemes that leave the tokens without one.
     """
+
+    pipeline = "translation"
+    adapts = ("vocab", "source_vocab")
 
     def __init__(self, encoder: Stack, decoder: CrossStack, *, source_vocab: int, vocab: int, source_context: int,
                  context: int, position: Spec[AbsolutePosition], norm: Spec[nn.Module] = spec(NoNorm), tie: str = "all",
@@ -68,6 +72,10 @@ class EncDec(Model):
             if getattr(module, "across_tokens", False):
                 raise DoesNotFit(f"{type(module).__name__} does not fit here: it takes statistics over all tokens, and "
                                  "here no token may see padding or a later one of the target")
+
+    def refit(self, name: str, tensor: Tensor | None, was: "EncDec") -> Change | None:
+        return refit_vocabulary(name, tensor, {"source_token.weight": self.source_vocab, "token.weight": self.vocab,
+                                               "head.weight": self.vocab})
 
     def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
         """shape: (N, M). No padding."""

@@ -11,8 +11,10 @@ from ..core.ctx import Ctx
 from ..core.errors import BadData, DoesNotFit
 from ..core.model import Model
 from ..core.spec import Spec, spec
+from ..parts.channel import linear
 from ..parts.norm import NoNorm
 from ..parts.position import AbsolutePosition
+from ..weights.adapt import Change, refit_vocabulary
 from .stack import Stack
 
 
@@ -20,22 +22,32 @@ class Encoder(Model):
     """ids (B, N) -> embedding + position + segment -> norm -> stack -> norm -> tokens (B, N, C).
 
     context: the longest sequence it is built for. segments: kinds of text that are told apart (question, answer); 0: none.
-    embed_norm: before the stack; norm: after it, which stacks with post-norm have already.
+    embed_norm: before the stack; norm: after it, which stacks with post-norm have already. embed_dim: width of the
+    embeddings and their norm, where a projection takes them to the stack's.
     """
 
+    pipeline = "feature-extraction"
+    adapts = ("vocab",)
+
     def __init__(self, vocab: int, context: int, stack: Stack, *, position: Spec[AbsolutePosition], segments: int = 0,
-                 embed_norm: Spec[nn.Module] = spec(NoNorm), norm: Spec[nn.Module] = spec(NoNorm)) -> None:
+                 embed_norm: Spec[nn.Module] = spec(NoNorm), norm: Spec[nn.Module] = spec(NoNorm),
+                 embed_dim: int | None = None) -> None:
         super().__init__()
         self.vocab, self.context, self.segments = vocab, context, segments
-        self.token = nn.Embedding(vocab, stack.dim)
+        width = embed_dim or stack.dim
+        self.token = nn.Embedding(vocab, width)
         nn.init.normal_(self.token.weight, std=0.02)
-        self.position = position(stack.dim, context)
-        self.segment = nn.Embedding(segments, stack.dim) if segments else None
+        self.position = position(width, context)
+        self.segment = nn.Embedding(segments, width) if segments else None
         if self.segment is not None:
             nn.init.normal_(self.segment.weight, std=0.02)
-        self.embed_norm = embed_norm(stack.dim)
+        self.embed_norm = embed_norm(width)
+        self.project = nn.Identity() if embed_dim is None else linear(embed_dim, stack.dim)
         self.stack = stack
         self.norm = norm(stack.dim)
+
+    def refit(self, name: str, tensor: Tensor | None, was: "Encoder") -> Change | None:
+        return refit_vocabulary(name, tensor, {"token.weight": self.vocab})
 
     def example(self, batch: int = 1, shape: tuple[int, ...] | None = None) -> Int[Tensor, "b n"]:
         return torch.randint(self.vocab, (batch, *(shape or (self.context,))))
@@ -48,7 +60,7 @@ class Encoder(Model):
         x = self.token(batch)
         if self.segment is not None:
             x = x + self.segment(torch.zeros_like(batch) if segments is None else segments)
-        return self.embed_norm(self.position(x, ctx)), ctx
+        return self.project(self.embed_norm(self.position(x, ctx))), ctx
 
     def _check(self, batch: Tensor, mask: Tensor | None, segments: Tensor | None, lengths: Sequence[int] | None) -> None:
         if batch.ndim != 2 or batch.dtype not in (torch.int64, torch.int32):

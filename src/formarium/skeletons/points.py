@@ -11,6 +11,7 @@ from ..core.errors import BadData, DoesNotFit
 from ..core.model import Model
 from ..core.spec import Spec, spec
 from ..parts.norm import NoNorm
+from ..weights.adapt import Change, refit_classifier
 from .stack import Stack
 
 Sets = list[Tensor]  # a batch: float tensors (N_i, 3 + in_chans), a row a point: x, y, z and its features
@@ -27,6 +28,8 @@ class PointBackbone(Model):
     in_chans: columns after x, y, z. bounds: lowest x, y, z, then highest, of the box that the sets lie in.
     pool: "mean" or "max" over the tokens of a set. num_classes: 0 gives the pooled features.
     """
+
+    adapts = ("num_classes",)
 
     def __init__(self, stages: Sequence[Stack], *, in_chans: int, num_classes: int, bounds: Sequence[float] = UNIT,
                  pool: str = "mean", norm: Spec[nn.Module] = spec(NoNorm)) -> None:
@@ -71,6 +74,9 @@ class PointBackbone(Model):
             nn.init.trunc_normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         self.head = head if old is None else head.to(old.device, old.dtype)
+
+    def refit(self, name: str, tensor: Tensor | None, was: "PointBackbone") -> Change | None:
+        return refit_classifier(self, name, was)
 
     def check_sets(self, batch: Sets) -> None:
         """Raises unless `batch` is a list of finite sets (N_i, 3 + in_chans) of one point or more."""

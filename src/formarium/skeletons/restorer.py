@@ -20,6 +20,8 @@ class Restorer(Model):
     where scale is more than 1. img_size: of `example`; the weights fit any size.
     """
 
+    pipeline = "image-to-image"
+
     def __init__(self, *, in_chans: int = 3, out_chans: int = 3, scale: int = 1, multiple: int = 1, residual: bool = True,
                  img_size: int = 64) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from ..core.spec import Spec
 from ..parts.channel import linear
 from ..parts.embed import check_images, pair
 from ..parts.norm import LayerNorm, NoNorm
+from ..weights.adapt import Change, refit_classifier
 from .backbone import Backbone
 
 VOID = 255  # of pixels without a label
@@ -46,6 +47,7 @@ class Segmenter(Model):
     one segment a class and image. Pixels may be VOID in the truth: they count for nothing.
     """
 
+    pipeline = "image-segmentation"
     stride: int
     queries: int | None = None
 
@@ -168,6 +170,8 @@ def build_trunk(backbone: Spec[Any] | str, img_size: tuple[int, int], in_chans: 
 class LinearSegmenter(Segmenter):
     """The plain baseline: a linear layer on the normed maps of a backbone, at the finest one's size, gives dense logits."""
 
+    adapts = ("num_classes",)
+
     def __init__(self, *, img_size: int | Sequence[int] = 32, in_chans: int = 3, num_classes: int = 11,
                  things: tuple[int, ...] = (), backbone: Spec[Any] | str = "swin/nano") -> None:
         super().__init__(img_size=img_size, in_chans=in_chans, num_classes=num_classes, things=things)
@@ -176,6 +180,9 @@ class LinearSegmenter(Segmenter):
         channels = [info.channels for info in self.trunk.feature_info]
         self.norms = nn.ModuleList(LayerNorm(c) for c in channels)
         self.heads = nn.ModuleList(linear(c, num_classes, bias=i == 0) for i, c in enumerate(channels))
+
+    def refit(self, name: str, tensor: Tensor | None, was: "LinearSegmenter") -> Change | None:
+        return refit_classifier(self, name, was, "heads")
 
     def forward(self, batch: Float[Tensor, "b c h w"], *, supervised: bool = False) -> Float[Tensor, "b k h w"]:
         check_images(batch, self.in_chans)

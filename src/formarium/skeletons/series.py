@@ -22,6 +22,8 @@ class Forecaster(Model):
     forecast back after it (reversible instance normalisation, Kim et al. 2022, without its learned scale and shift).
     """
 
+    pipeline = "time-series-forecasting"
+
     def __init__(self, stack: Stack, *, context: int, horizon: int, variates: int | None, normalise: bool = True,
                  norm: Spec[nn.Module] = spec(LayerNorm)) -> None:
         super().__init__()

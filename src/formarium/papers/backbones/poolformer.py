@@ -26,7 +26,7 @@ from ...parts.embed import ConvEmbed, to_map, to_tokens
 from ...parts.norm import GroupNorm, LayerNorm
 from ...parts.residual import PreNorm, start_residuals
 from ...skeletons.backbone import Backbone, Stage
-from ...weights.keys import LINEAR_AS_CONV, State, count, keymap, rule
+from ...weights.keys import LINEAR_AS_CONV, SAME, Assumed, State, count, keymap, rule
 
 CARD = Card(
     title="MetaFormer Is Actually What You Need for Vision",
@@ -124,6 +124,18 @@ def _stage(theirs: str, ours: str, scale: str) -> list[Any]:
     ]
 
 
+def _transformers(before: str) -> list[Any]:
+    theirs, ours = f"{before}encoder.block.{{s}}.{{i}}", "stages.{s}.layers.{i}"
+    return [rule(f"{before}encoder.patch_embeddings.0.projection.*", "embedding.proj.*"),
+            rule(f"{before}encoder.patch_embeddings.{{s}}.projection.*", "stages.{s}.resample.proj.*"),
+            rule(f"{theirs}.before_norm.*", f"{ours}.mixer.norm.*"),
+            rule(f"{theirs}.layer_scale_1", f"{ours}.mixer.scale"),
+            rule(f"{theirs}.after_norm.*", f"{ours}.channel.norm.*"),
+            *[rule(f"{theirs}.output.conv{n}.{kind}", f"{ours}.channel.inner.fc{n}.{kind}", op)
+              for n in (1, 2) for kind, op in (("weight", LINEAR_AS_CONV), ("bias", SAME))],
+            rule(f"{theirs}.layer_scale_2", f"{ours}.channel.scale")]
+
+
 KEYS = {
     "timm": keymap(
         rule("stem.conv.*", "embedding.proj.*"),
@@ -139,11 +151,13 @@ KEYS = {
         rule("norm.*", "norm.*"),
         rule("head.*", "head.*"),
     ),
+    "transformers": keymap(*_transformers("poolformer."), *_transformers(""), rule("norm.*", "norm.*"),
+                           rule("classifier.*", "head.*")),
 }
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Everything but the image size, which leaves no trace."""
+    """Everything but the image size, the start of the scales, mixers without parameters, and where timm's norm stands."""
     stages = range(count(state, "stages.{i}.layers.0.mixer.norm.weight"))
     return {
         "dims": tuple(state[f"stages.{s}.layers.0.mixer.norm.weight"].shape[0] for s in stages),
@@ -151,5 +165,6 @@ def settings(state: State, layout: str) -> dict[str, Any]:
         "in_chans": state["embedding.proj.weight"].shape[1],
         "stride": (state["embedding.proj.weight"].shape[-1] + 1) // 2,
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
+        "mixers": Assumed(spec(Pooling), "pooling has no parameters, nor has the identity"),
         "pool_first": layout == "timm",
     }

@@ -29,7 +29,7 @@ from ...parts.norm import LayerNorm
 from ...parts.residual import PreNorm, start_residuals
 from ...parts.window import RelativeBias, from_windows, pad_to_windows, shift_mask, to_windows
 from ...skeletons.backbone import Backbone, Stage
-from ...weights.keys import State, count, drop, keymap, rule
+from ...weights.keys import FUSE, Assumed, State, count, drop, keymap, rule
 
 NORM = spec(LayerNorm, eps=1e-5)
 
@@ -185,7 +185,29 @@ def _keys(merging_after: int, head: str) -> Any:
     )
 
 
-KEYS = {"timm": _keys(0, "head.fc"), "authors": _keys(1, "head")}
+def _transformers(before: str) -> list[Any]:
+    """Files and models of version 4, and after each the names that models have in memory in version 5."""
+    theirs, ours = f"{before}encoder.layers.{{s}}.blocks.{{i}}", "stages.{s}.layers.{i}"
+    parts = {"layernorm_before.*": "mixer.norm.*", "layernorm_after.*": "channel.norm.*",
+             "attention.self.relative_position_bias_table": "mixer.inner.bias.table",
+             "attention.relative_position_bias.relative_position_bias_table": "mixer.inner.bias.table",
+             "attention.output.dense.*": "mixer.inner.proj.*", "attention.o_proj.*": "mixer.inner.proj.*",
+             "intermediate.dense.*": "channel.inner.fc1.*", "output.dense.*": "channel.inner.fc2.*",
+             "mlp.*": "channel.inner.*"}
+    qkv = [[f"self.{x}" for x in ("query", "key", "value")], ["q_proj", "k_proj", "v_proj"]]
+    return [rule(f"{before}embeddings.patch_embeddings.projection.*", "embedding.proj.*"),
+            rule(f"{before}embeddings.norm.*", "embedding.norm.*"),
+            drop(f"{before}embeddings.mask_token", "for pre-training on masked images"),
+            drop(f"{theirs}.attention.self.relative_position_index", "rebuilt from the window size"),
+            *[rule(f"{theirs}.{a}", f"{ours}.{b}") for a, b in parts.items()],
+            *[rule([f"{theirs}.attention.{x}.{kind}" for x in names], f"{ours}.mixer.inner.qkv.{kind}", FUSE)
+              for names in qkv for kind in ("weight", "bias")],
+            *[rule(f"{before}encoder.layers.{s - 1}.downsample.*", f"stages.{s}.resample.*") for s in range(1, 8)],
+            rule(f"{before}layernorm.*", "norm.*")]
+
+
+KEYS = {"timm": _keys(0, "head.fc"), "authors": _keys(1, "head"),
+        "transformers": keymap(*_transformers("swin."), *_transformers(""), rule("classifier.*", "head.*"))}
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
@@ -198,6 +220,6 @@ def settings(state: State, layout: str) -> dict[str, Any]:
         "dim": dim, "in_chans": in_chans, "patch": patch, "window": max(windows),
         "depths": tuple(count(state, f"stages.{s}.layers.{{i}}.mixer.norm.weight") for s in stages),
         "heads": tuple(heads for _, heads in tables),
-        "img_size": patch * 2 ** (len(windows) - 1) * windows[-1],
+        "img_size": Assumed(patch * 2 ** (len(windows) - 1) * windows[-1], "one window in the last stage; all sizes work"),
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
     }

@@ -13,17 +13,20 @@ which files in their layout get (`approximate`). No pre-logits layer: the releas
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from ...core.card import Card, Published
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
 from ...parts.channel import Mlp
 from ...parts.embed import PatchEmbed
+from ...parts.norm import LayerNorm
 from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm
 from ...parts.stem import ResNetStem
 from ...skeletons.backbone import Backbone, Stage
-from ...weights.keys import FUSE, HWIO, TRANSPOSE, Op, State, count, drop, keymap, rule
+from ...weights.keys import FUSE, HWIO, TRANSPOSE, Op, State, as_preset, count, drop, keymap, rule
 
 CARD = Card(
     title="An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
@@ -76,13 +79,14 @@ class ViT(Backbone):
     def __init__(self, *, img_size: int | Sequence[int] = 224, patch: int | tuple[int, int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, dim: int = 192, depth: int = 12, heads: int = 3, drop_path: float = 0.0,
                  pool: str = "token", stem_layers: tuple[int, ...] | None = None, mixer: Spec[Part] = spec(Attention),
-                 channel: Spec[Part] = spec(Mlp), residual: Spec[Residual] = spec(PreNorm),
-                 position: Spec[Any] = spec(LearnedPosition)) -> None:
+                 channel: Spec[Part] = spec(Mlp), norm: Spec[nn.Module] = spec(LayerNorm),
+                 residual: Spec[Residual] = spec(PreNorm), position: Spec[Any] = spec(LearnedPosition)) -> None:
         mixer, position = seat(position, mixer.offer(heads=heads))
         embed = PatchEmbed(in_chans, dim, patch=patch, img_size=img_size, class_token=pool == "token", position=position,
                            stem=None if stem_layers is None else spec(ResNetStem, layers=stem_layers))
-        stage = Stage(dim, depth, {"mixer": mixer, "channel": channel}, residual.offer(drop_path=drop_path))
-        super().__init__(embed, [stage], img_size=img_size, num_classes=num_classes, pool=pool)
+        residual = residual.offer(norm=norm, drop_path=drop_path)
+        stage = Stage(dim, depth, {"mixer": mixer, "channel": channel}, residual)
+        super().__init__(embed, [stage], img_size=img_size, norm=norm, num_classes=num_classes, pool=pool)
 
 
 PRESETS = {
@@ -104,6 +108,7 @@ PRESETS = {
 }
 
 OURS = "stages.0.layers.{i}"
+ROOT = ("conv.weight", "norm.weight", "norm.bias")
 THEIRS = "Transformer/encoderblock_{i}"  # JAX
 ATTENTION = f"{THEIRS}/MultiHeadDotProductAttention_1"
 QKV = ("query", "key", "value")
@@ -130,12 +135,35 @@ def _stem_rules() -> list[Any]:
     return rules
 
 
+def _transformers(before: str) -> list[Any]:
+    """Files and models of version 4; then the names that version 5 gives them in memory, its files have the old ones."""
+    old, new = f"{before}encoder.layer.{{i}}", f"{before}layers.{{i}}"
+    rules = [rule(f"{before}embeddings.cls_token", "embedding.cls"),
+             rule(f"{before}embeddings.position_embeddings", "embedding.position.table"),
+             rule(f"{before}embeddings.patch_embeddings.projection.*", "embedding.proj.*"),
+             drop(f"{before}embeddings.mask_token", "for pre-training on masked images"),
+             rule(f"{old}.attention.output.dense.*", f"{OURS}.mixer.inner.proj.*"),
+             rule(f"{old}.intermediate.dense.*", f"{OURS}.channel.inner.fc1.*"),
+             rule(f"{old}.output.dense.*", f"{OURS}.channel.inner.fc2.*"),
+             rule(f"{new}.attention.o_proj.*", f"{OURS}.mixer.inner.proj.*"),
+             rule(f"{new}.mlp.*", f"{OURS}.channel.inner.*"),
+             rule(f"{before}layernorm.*", "norm.*"),
+             drop(f"{before}pooler.*", "a layer after the class token that classifiers have not")]
+    for layer, at, names in ((old, "attention.attention", QKV), (new, "attention", ("q_proj", "k_proj", "v_proj"))):
+        rules += [rule([f"{layer}.{at}.{x}.{kind}" for x in names], f"{OURS}.mixer.inner.qkv.{kind}", FUSE)
+                  for kind in ("weight", "bias")]
+        rules += [rule(f"{layer}.layernorm_before.*", f"{OURS}.mixer.norm.*"),
+                  rule(f"{layer}.layernorm_after.*", f"{OURS}.channel.norm.*")]
+    return rules
+
+
 KEYS = {
     "timm": keymap(
         rule("cls_token", "embedding.cls"),
         rule("pos_embed", "embedding.position.table"),
         rule("patch_embed.proj.*", "embedding.proj.*"),
-        rule("patch_embed.backbone.stem.*", "embedding.stem.*"),
+        rule([f"patch_embed.backbone.{x}" for x in ("stages.0.blocks.0.conv1.weight", *(f"stem.{y}" for y in ROOT))],
+             [f"embedding.stem.{x}" for x in ("stages.0.0.conv1.weight", *ROOT)]),  # "stem" where there are stages
         rule("patch_embed.backbone.stages.{s}.blocks.{u}.downsample.conv.*", "embedding.stem.stages.{s}.{u}.conv0.*"),
         rule("patch_embed.backbone.stages.{s}.blocks.{u}.downsample.norm.*", "embedding.stem.stages.{s}.{u}.norm0.*"),
         rule("patch_embed.backbone.stages.{s}.blocks.{u}.*", "embedding.stem.stages.{s}.{u}.*"),
@@ -173,18 +201,21 @@ KEYS = {
         rule("head/bias", "head.bias"),
         drop("pre_logits/*", "the layer before the pre-training classifier; fine-tuning removes it"),
     ),
+    "transformers": keymap(*_transformers("vit."), *_transformers(""), rule("classifier.*", "head.*"),
+                           without={v: "a hybrid, which their ViT is not" for v in PRESETS if v.startswith("r")}),
 }
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Everything but the heads, which leave no trace: 64 channels each, but 16 heads in H/14 and g/14. Square images."""
+    """Everything but the heads. Square images. JAX's GELU has the tanh form; transformers' norms have another epsilon."""
     dim, in_chans, patch, patch_w = state["embedding.proj.weight"].shape
     token = "embedding.cls" in state
     side = round((state["embedding.position.table"].shape[1] - int(token)) ** 0.5)
     found: dict[str, Any] = {
         "dim": dim, "patch": patch if patch == patch_w else (patch, patch_w), "in_chans": in_chans,
         "img_size": side * patch if patch == patch_w else (side * patch, side * patch_w),
-        "depth": count(state, f"{OURS}.mixer.norm.weight"), "heads": {1280: 16, 1408: 16}.get(dim, max(1, dim // 64)),
+        "depth": count(state, f"{OURS}.mixer.norm.weight"),
+        "heads": as_preset(PRESETS, "heads", max(1, dim // 64), dim=dim),
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         "pool": "token" if token else "mean",
     }
@@ -192,6 +223,7 @@ def settings(state: State, layout: str) -> dict[str, Any]:
     if (ratio := state["stages.0.layers.0.channel.inner.fc1.weight"].shape[0] / dim) != 4:
         mlp = mlp.but(ratio=ratio)
     found["channel"] = mlp.but(approximate=True) if layout == "authors" else mlp
+    found["norm"] = spec(LayerNorm, eps=1e-12) if layout == "transformers" else spec(LayerNorm)
     if "embedding.stem.conv.weight" in state:
         stages = range(count(state, "embedding.stem.stages.{i}.0.conv1.weight"))
         layers = tuple(count(state, f"embedding.stem.stages.{s}.{{i}}.conv1.weight") for s in stages)

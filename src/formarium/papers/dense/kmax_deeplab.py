@@ -34,7 +34,7 @@ from ...parts.embed import check_images
 from ...parts.norm import LayerNorm
 from ...parts.residual import drop_path as dropped
 from ...skeletons.segmenter import VOID, LinearSegmenter, Regions, Segmenter, Thresholds, build_trunk, resize
-from ...weights.keys import State, count, drop, keymap, rule
+from ...weights.keys import SAME, Assumed, Op, Options, Passed, State, count, drop, keymap, rule
 
 CARD = Card(
     title="k-means Mask Transformer",
@@ -727,9 +727,16 @@ PRESETS = {
 }
 
 
-def _under(theirs: str, ours: str, names: dict[str, str]) -> list[Any]:
+def _under(theirs: str, ours: str, names: dict[str, str], op: Op = SAME) -> list[Any]:
     """The same tensors, under other names: {theirs: ours}, each with all that lies below it."""
-    return [rule(f"{theirs}{a}.*", f"{ours}{b}.*") for a, b in names.items()]
+    return [rule(f"{theirs}{a}.*", f"{ours}{b}.*", op) for a, b in names.items()]
+
+
+def _plainly(tensors: list[Tensor], options: Options) -> list[Tensor]:
+    """Only of a plain semantic head."""
+    if options.get("semantic") != "plain":
+        raise Passed
+    return tensors
 
 
 _PREDICTOR = {
@@ -746,15 +753,15 @@ _LAYER = {
 } | {f"_predcitor.{a}": f"predictor.{b}" for a, b in _PREDICTOR.items()}
 _AXIS = {"qkv_transform.conv": "qkv.conv", "_batch_norm_qkv": "qkv.norm", "_batch_norm_similarity": "score_norm",
          "_batch_norm_retrieved_output": "out_norm"}
-_BLOCK = {"_conv1_bn_act": "reduce", "_conv2_bn_act": "mix", "_conv3_bn": "expand", "_shortcut": "shortcut"} | {
-    f"_attention._{axis}_axis.{a}": f"mix.{axis}.{b}" for axis in ("height", "width") for a, b in _AXIS.items()}
+_BLOCK = {f"_attention._{axis}_axis.{a}": f"mix.{axis}.{b}" for axis in ("height", "width") for a, b in _AXIS.items()} | {
+    "_conv1_bn_act": "reduce", "_conv2_bn_act": "mix", "_conv3_bn": "expand", "_shortcut": "shortcut"}  # mix last
 _SEMANTIC = {
     **{f"_aspp._aspp_conv{i}": f"aspp.branches.{i}" for i in range(4)}, "_aspp._aspp_pool": "aspp.pooled",
     "_aspp._proj_conv_bn_act": "aspp.proj", "conv_block_0": "last.0", "conv_block_1": "last.1", "final_conv": "classify",
     **{f"_low_level_projection_os{s}": f"finer.{i}" for i, s in enumerate((8, 4))},
     **{f"_low_level_fusion_os{s}_conv{j}_bn_act": f"joins.{i}.{j}" for i, s in enumerate((8, 4)) for j in (0, 1)},
-    "0": "last.0", "1": "last.1", "2": "classify",  # the plain head
 }
+_PLAIN = {"0": "last.0", "1": "last.1", "2": "classify"}
 _PIXELS, _QUERIES, _TRACKED = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor.", drop(
     "*.num_batches_tracked", "the norms keep a running mean of fixed momentum")
 _STAGE, _OURS = f"{_PIXELS}_stages.{{s}}._blocks.{{i}}.", "pixel_decoder.stages.{s}.{i}."
@@ -771,9 +778,9 @@ KEYS = {
         *_under("backbone.stages.{s}.{i}.", "trunk.stages.{s}.{i}.",
                 {"dwconv": "conv", "norm": "norm", "pwconv1": "fc1", "pwconv2": "fc2"}),
         rule("backbone.stages.{s}.{i}.gamma", "trunk.stages.{s}.{i}.scale"),
-        *_under(_STAGE, _OURS, _BLOCK),
         *[rule(f"{_STAGE}_attention._{axis}_axis._{t}_rpe._embeddings.weight", f"{_OURS}mix.{axis}.of_{t}")
           for axis in ("height", "width") for t in ("query", "key", "value")],
+        *_under(_STAGE, _OURS, _BLOCK),
         *_under(_PIXELS, "pixel_decoder.", {
             "_in_norms.{i}": "norms.{i}", "_resized_fuses.{i}._conv_bn_low": "fuses.{i}.coarse",
             "_resized_fuses.{i}._conv_bn_high": "fuses.{i}.fine"}),
@@ -781,7 +788,12 @@ KEYS = {
         rule(f"{_QUERIES}_cluster_centers.weight", "centers"),
         *_under(_QUERIES, "", {"_class_embedding_projection": "class_in", "_mask_embedding_projection": "mask_in"}),
         *_under(f"{_QUERIES}_predcitor.", "predictor.", _PREDICTOR),
+        *_under(f"{_QUERIES}_auxiliary_semantic_predictor.", "auxiliary.", _PLAIN, Op(SAME.there, _plainly)),
         *_under(f"{_QUERIES}_auxiliary_semantic_predictor.", "auxiliary.", _SEMANTIC),
+        without={"nano": "a Swin trunk, where theirs are ResNet and ConvNeXt", "linear": "a baseline without queries"},
+        example=("r50", {"img_size": 65, "backbone": spec(ResNet, layers=(1, 1, 1, 1), width=8), "queries": 8, "dim": 32,
+                         "bases": (32, 16, 8, 4), "depths": (1, 1, 1, 1), "layers": (1, 1, 1), "hidden": 64,
+                         "embed": 16}),
     ),
     "layer": keymap(_TRACKED, *_under("", "", _LAYER), makes="part"),
 }
@@ -789,9 +801,12 @@ KEYS = {
 
 def settings(state: State, layout: str) -> dict[str, Any]:
     """Everything but the image size and the thresholds. things: those of COCO, ADE20K, Cityscapes, told by the number of
-    classes."""
-    if layout == "layer":
+    classes. A trunk that is no ResNet or ConvNeXt of this file is taken for nano's, and its image size too. Where maps of
+    equal widths follow one another, layers count to the first."""
+    if "query_in.conv.weight" in state:
         return _layer_settings(state, "")
+    if "centers" not in state:
+        return _trunk_settings(state, 0) | {"num_classes": state["heads.0.weight"].shape[0]}
     own = _layer_settings(state, "layers.0.")
     stages = range(count(state, "pixel_decoder.norms.{i}.weight"))
     bases = tuple(state[f"pixel_decoder.stages.{s}.0.expand.conv.weight"].shape[0] // 4 for s in stages)
@@ -800,20 +815,8 @@ def settings(state: State, layout: str) -> dict[str, Any]:
         while state[f"layers.{i}.pixel_in.conv.weight"].shape[1] != 4 * bases[level]:
             level += 1
         layers[level] += 1
-    trunk = range(4)
-    sizes: dict[str, Any] = {"stem": len(stages) > len(trunk)}
-    backbone: Spec[Trunk]
-    if "trunk.stem.conv.weight" in state:
-        first, last, backbone = state["trunk.stem.conv.weight"], "conv3.conv.weight", spec(ResNet)
-        sizes["width"] = first.shape[0]
-    else:
-        first, last, backbone = state["trunk.convs.0.weight"], "fc2.weight", spec(ConvNeXt)
-        sizes["dims"] = tuple(state[f"trunk.convs.{s}.weight"].shape[0] for s in trunk)
-    sizes["layers"] = tuple(count(state, f"trunk.stages.{s}.{{i}}.{last}") for s in trunk)
-    usual = signature(backbone.target).parameters
     known = {133: _COCO, 150: _ADE, 19: _CITYSCAPES}.get(own["num_classes"], {"things": ()})
-    return {k: own[k] for k in ("num_classes", "hidden", "embed", "heads")} | {
-        "backbone": backbone.but(**{k: v for k, v in sizes.items() if usual[k].default != v}), "in_chans": first.shape[1],
+    return {k: own[k] for k in ("num_classes", "hidden", "embed", "heads")} | _trunk_settings(state, len(bases)) | {
         "dim": own["dim"], "queries": state["centers"].shape[1], "bases": bases, "things": known["things"],
         "layers": tuple(layers[:level + 1]),
         "depths": tuple(count(state, f"pixel_decoder.stages.{s}.{{i}}.expand.conv.weight") for s in stages),
@@ -822,6 +825,23 @@ def settings(state: State, layout: str) -> dict[str, Any]:
         "semantic": "aspp" if "auxiliary.aspp.proj.conv.weight" in state else
                     "plain" if "auxiliary.classify.conv.weight" in state else None,
     }
+
+
+def _trunk_settings(state: State, maps: int) -> dict[str, Any]:
+    backbone: Spec[Trunk]
+    if "trunk.stem.conv.weight" in state:
+        first, last, backbone = state["trunk.stem.conv.weight"], "conv3.conv.weight", spec(ResNet)
+        sizes: dict[str, Any] = {"width": first.shape[0]}
+    elif "trunk.convs.0.weight" in state:
+        first, last, backbone = state["trunk.convs.0.weight"], "fc2.weight", spec(ConvNeXt)
+        sizes = {"dims": tuple(state[f"trunk.convs.{s}.weight"].shape[0] for s in range(4))}
+    else:
+        return {"backbone": Assumed("swin/nano", "as the presets have it"), "img_size": Assumed(32, "as theirs"),
+                "in_chans": state["trunk.embedding.proj.weight"].shape[1]}
+    sizes |= {"stem": maps > 4, "layers": tuple(count(state, f"trunk.stages.{s}.{{i}}.{last}") for s in range(4))}
+    usual = signature(backbone.target).parameters
+    return {"backbone": backbone.but(**{k: v for k, v in sizes.items() if usual[k].default != v}),
+            "in_chans": first.shape[1]}
 
 
 def _layer_settings(state: State, at: str) -> dict[str, Any]:

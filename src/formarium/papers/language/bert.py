@@ -10,10 +10,10 @@ No dropout. GELU is exact, as in the released PyTorch files.
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...core.card import Card, Published
+from ...core.errors import DoesNotFit
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
@@ -23,7 +23,7 @@ from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PostNorm
 from ...skeletons.encoder import Encoder
 from ...skeletons.stack import Stack
-from ...weights.keys import FUSE, UNSQUEEZE, State, count, drop, keymap, rule
+from ...weights.keys import FUSE, UNSQUEEZE, State, as_preset, count, drop, keymap, rule
 
 CARD = Card(
     title="BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
@@ -99,15 +99,19 @@ def _rules(before: str) -> list[Any]:
             drop(f"{before}pooler.*", "the pooler of next-sentence prediction, which we have not")]
 
 
-KEYS = {"transformers": keymap(*_rules(""), *_rules("bert."),
-                               drop("cls.*", "the heads of pre-training, which we have not"))}
+KEYS = {"transformers": keymap(
+    *_rules(""), *_rules("bert."), drop("cls.*", "the heads of pre-training, which we have not"),
+    *[drop(f"{head}.*", "the head of a task, which we have not") for head in ("classifier", "qa_outputs")])}
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
     """Sizes; heads leave no trace: 64 channels each, but 32 at the width of 384 (MiniLM)."""
     vocab, dim = state["token.weight"].shape
     ratio = state["stack.layers.0.channel.inner.fc1.weight"].shape[0] / dim
+    context, segments = state["position.table"].shape[1], len(state.get("segment.weight", ()))
+    if layout == "transformers" and segments == 1 and context % 64 == 2:
+        raise DoesNotFit("one segment and two positions more than tokens are RoBERTa's, which counts positions from 2")
     return {"vocab": vocab, "dim": dim, "depth": count(state, f"{OURS}.mixer.norm.weight"),
-            "heads": 12 if dim == 384 else max(1, dim // 64), "context": state["position.table"].shape[1],
-            "segments": len(state.get("segment.weight", torch.empty(0))),
+            "heads": as_preset(PRESETS, "heads", 12 if dim == 384 else max(1, dim // 64), dim=dim, vocab=vocab),
+            "context": context, "segments": segments,
             "channel": spec(Mlp) if ratio == 4 else spec(Mlp, ratio=ratio)}

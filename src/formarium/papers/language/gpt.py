@@ -9,6 +9,7 @@ sqrt(2 depth) smaller, as in GPT-2, where the part ends in a projection.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from ...core.errors import DoesNotFit
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
-from ...parts.channel import Mlp, restart_linears
+from ...parts.channel import Mlp, SwiGLU, restart_linears
 from ...parts.norm import LayerNorm
 from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm, start_residuals
 from ...skeletons.decoder import Decoder
 from ...skeletons.stack import Stack
-from ...weights.keys import TRANSPOSE, UNSQUEEZE, State, count, drop, keymap, rule
+from ...weights.keys import SAME, TIED, TRANSPOSE, UNSQUEEZE, State, as_preset, count, drop, keymap, rule, same, told_ratio
 
 CARD = Card(
     title="Language Models are Unsupervised Multitask Learners (GPT-2)",
@@ -86,33 +87,48 @@ PRESETS = {
                   channel=spec(Mlp, approximate=True)),
 }
 
-KEYS = {
-    "transformers": keymap(
-        rule("transformer.wte.weight", "token.weight"),
-        rule("transformer.wpe.weight", "position.table", UNSQUEEZE),
-        drop("transformer.h.{i}.attn.bias", "the causal mask, rebuilt"),
-        drop("transformer.h.{i}.attn.masked_bias", "the causal mask, rebuilt"),
-        rule("transformer.h.{i}.ln_1.*", "stack.layers.{i}.mixer.norm.*"),
-        rule("transformer.h.{i}.attn.c_attn.weight", "stack.layers.{i}.mixer.inner.qkv.weight", TRANSPOSE),
-        rule("transformer.h.{i}.attn.c_attn.bias", "stack.layers.{i}.mixer.inner.qkv.bias"),
-        rule("transformer.h.{i}.attn.c_proj.weight", "stack.layers.{i}.mixer.inner.proj.weight", TRANSPOSE),
-        rule("transformer.h.{i}.attn.c_proj.bias", "stack.layers.{i}.mixer.inner.proj.bias"),
-        rule("transformer.h.{i}.ln_2.*", "stack.layers.{i}.channel.norm.*"),
-        rule("transformer.h.{i}.mlp.c_fc.weight", "stack.layers.{i}.channel.inner.fc1.weight", TRANSPOSE),
-        rule("transformer.h.{i}.mlp.c_fc.bias", "stack.layers.{i}.channel.inner.fc1.bias"),
-        rule("transformer.h.{i}.mlp.c_proj.weight", "stack.layers.{i}.channel.inner.fc2.weight", TRANSPOSE),
-        rule("transformer.h.{i}.mlp.c_proj.bias", "stack.layers.{i}.channel.inner.fc2.bias"),
-        rule("transformer.ln_f.*", "norm.*"),
-        rule("lm_head.weight", "head.weight"),
-    ),
-}
+def _rules(before: str) -> list[Any]:
+    """`before`: what stands before the decoder's names, "transformer." in files with a head."""
+    theirs, ours = f"{before}h.{{i}}", "stack.layers.{i}"
+    convs = {"attn.c_attn": "mixer.inner.qkv", "attn.c_proj": "mixer.inner.proj", "mlp.c_fc": "channel.inner.fc1",
+             "mlp.c_proj": "channel.inner.fc2"}
+    return [rule((f"{before}wte.weight", "lm_head.weight"), "token.weight", TIED),
+            rule(f"{before}wte.weight", "token.weight"),
+            rule(f"{before}wpe.weight", "position.table", UNSQUEEZE),
+            drop(f"{theirs}.attn.bias", "the causal mask, rebuilt"),
+            drop(f"{theirs}.attn.masked_bias", "the causal mask, rebuilt"),
+            rule(f"{theirs}.ln_1.*", f"{ours}.mixer.norm.*"),
+            rule(f"{theirs}.ln_2.*", f"{ours}.channel.norm.*"),
+            *[rule(f"{theirs}.{a}.{kind}", f"{ours}.{b}.{kind}", op)
+              for a, b in convs.items() for kind, op in (("weight", TRANSPOSE), ("bias", SAME))],
+            rule(f"{before}ln_f.*", "norm.*")]
+
+
+KEYS = {"transformers": keymap(*_rules("transformer."), *_rules(""), rule("lm_head.weight", "head.weight"))}
+
+
+def host_settings(state: State, presets: Mapping[str, Spec[Any]]) -> dict[str, Any]:
+    """Sizes of a model of this shape, with any mixer; as `presets` have it what the tensors cannot tell: heads, the form of
+    GELU and, without a table of positions, the context."""
+    vocab, dim = state["token.weight"].shape
+    (up, _), (_, hidden) = (state[f"stack.layers.0.channel.inner.{x}.weight"].shape for x in ("fc1", "fc2"))
+    gated = up == 2 * hidden
+    channel = as_preset(presets, "channel", spec(SwiGLU if gated else Mlp), vocab=vocab, dim=dim)
+    usual = dim * dict(channel.value.options).get("ratio", 4)
+    if channel.value.target is not (SwiGLU if gated else Mlp) or hidden != (round(usual * 2 / 3) if gated else int(usual)):
+        ratio = told_ratio(hidden, dim)
+        channel = channel._replace(value=spec(SwiGLU, ratio=1.5 * ratio) if gated else spec(Mlp, ratio=ratio))
+    told = {"vocab": vocab, "dim": dim, "depth": count(state, "stack.layers.{i}.mixer.norm.weight"),
+            "heads": as_preset(presets, "heads", max(1, dim // 64), vocab=vocab, dim=dim), "bias": "norm.bias" in state,
+            "tie": "head.weight" not in state or same(state["head.weight"], state["token.weight"]), "channel": channel}
+    if "position.table" in state:
+        return told | {"context": state["position.table"].shape[1], "position": spec(LearnedPosition)}
+    return told | {"context": as_preset(presets, "context", 2048, vocab=vocab, dim=dim)}
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Sizes; heads leave no trace: GPT-2's head size of 64 is taken."""
-    vocab, dim = state["token.weight"].shape
-    head = state.get("head.weight")
-    return {"vocab": vocab, "dim": dim, "depth": count(state, "stack.layers.{i}.mixer.norm.weight"),
-            "heads": max(1, dim // 64), "context": state["position.table"].shape[1],
-            "channel": spec(Mlp, approximate=True), "bias": "norm.bias" in state,
-            "tie": head is None or head.equal(state["token.weight"])}
+    """As `host_settings`; GELU has the tanh form in the transformers library."""
+    told = host_settings(state, PRESETS)
+    if layout == "transformers" and told["channel"].value.target is Mlp:
+        told["channel"] = told["channel"].value.but(approximate=True)
+    return told

@@ -14,6 +14,7 @@ Deviation: no dropout; `drop_path` is there. Tables 3 (A) and (B) change heads a
 of the tokens: heads= serves (A), the rows of (B) are not here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ from ...core.spec import Spec, spec
 from ...parts.attention import Attention, CrossAttention
 from ...parts.channel import Mlp
 from ...parts.norm import LayerNorm, NoNorm
-from ...parts.position import AbsolutePosition, positions, seat
+from ...parts.position import AbsolutePosition, LearnedPosition, positions, seat
 from ...parts.residual import PostNorm, start_residuals
 from ...skeletons.encdec import CrossStack, EncDec
 from ...skeletons.stack import Stack
+from ...weights.keys import State, as_preset, count, same, told_ratio
 
 CARD = Card(
     title="Attention Is All You Need",
@@ -129,3 +131,31 @@ PRESETS = {
     "base": BASE,
     "big": BASE.but(dim=1024, heads=16),
 }
+
+
+def settings(state: State, layout: str) -> dict[str, Any]:
+    """All sizes, and what is tied."""
+    return host_settings(state, PRESETS)
+
+
+def host_settings(state: State, presets: Mapping[str, Spec[Any]]) -> dict[str, Any]:
+    """What the tensors tell of a Transformer by a paper with these `presets`. Untold: heads (else 64 channels each), the
+    longest sequences where positions have no table (else 512), the tokens with a meaning."""
+    vocab, dim = state["token.weight"].shape
+    source, head = state.get("source_token.weight"), state.get("head.weight")
+    tied = head is None or same(head, state["token.weight"])
+    shared = tied and (source is None or same(source, state["token.weight"]))
+    hidden = state["encoder.layers.0.channel.inner.fc1.weight"].shape[0]
+    sizes: dict[str, Any] = {
+        "vocab": vocab, "source_vocab": vocab if source is None else source.shape[0], "dim": dim,
+        "encoder_depth": count(state, "encoder.layers.{i}.channel.norm.weight"),
+        "decoder_depth": count(state, "decoder.layers.{i}.channel.norm.weight")}
+    told = sizes | {"ratio": told_ratio(hidden, dim), "tie": "all" if shared else "target" if tied else "none",
+                    "bias": "encoder.layers.0.channel.inner.fc1.bias" in state,
+                    "heads": as_preset(presets, "heads", max(1, dim // 64), dim=dim)}
+    usual = {"pad": 0, "start": 1, "end": 2, "scale_embedding": True, "source_context": 512, "context": 512}
+    told |= {k: as_preset(presets, k, v, **sizes) for k, v in usual.items()}
+    if "position.table" in state:
+        told |= {"source_context": state["source_position.table"].shape[1], "context": state["position.table"].shape[1],
+                 "position": spec(LearnedPosition)}
+    return told

@@ -48,7 +48,7 @@ from ...parts.position import NoPosition
 from ...parts.residual import PostNorm
 from ...skeletons.memory import Memory, MemoryDecoder
 from ...skeletons.stack import Stack
-from ...weights.keys import SAME, Op, State, count, drop, keymap, rule
+from ...weights.keys import SAME, TIED, Assumed, Op, Options, State, as_preset, count, drop, keymap, rule, same
 
 CARD = Card(
     title="Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
@@ -366,6 +366,10 @@ PRESETS = {
     "lm1b_large": SENTENCES.but(dim=1280, depth=24, heads=16, ratio=6.4),
 }
 
+def _frequencies(weight: Tensor, state: State, options: Options) -> Tensor:
+    return BASE ** (-torch.arange(0, weight.shape[1], 2) / weight.shape[1])
+
+
 REVERSED = Op(lambda t, o: [t[0].flip(0)], lambda t, o: [t[0].flip(0)])
 
 
@@ -377,7 +381,8 @@ def _layout(body: str, clusters: Op, *, shared: bool) -> list[Any]:
             rule(f"{theirs}dec_attn.r_r_bias", f"{ours}mixer.inner.v")]
     return [
         *(one + each if shared else each + one),
-        drop(f"{body}pos_emb.inv_freq", "frequencies of the sinusoid, recomputed"),
+        drop(f"{body}pos_emb.inv_freq", "frequencies of the sinusoid, recomputed",
+             ("stack.layers.0.mixer.inner.relative.weight", _frequencies)),
         rule(f"{theirs}dec_attn.qkv_net.weight", f"{ours}mixer.inner.qkv.weight"),
         rule(f"{theirs}dec_attn.r_net.weight", f"{ours}mixer.inner.relative.weight"),
         rule(f"{theirs}dec_attn.o_net.weight", f"{ours}mixer.inner.proj.weight"),
@@ -385,6 +390,9 @@ def _layout(body: str, clusters: Op, *, shared: bool) -> list[Any]:
         rule(f"{theirs}pos_ff.CoreNet.0.*", f"{ours}channel.inner.fc1.*"),
         rule(f"{theirs}pos_ff.CoreNet.3.*", f"{ours}channel.inner.fc2.*"),
         rule(f"{theirs}pos_ff.layer_norm.*", f"{ours}channel.norm.*"),
+        *[rule(names, f"token.{ours}", TIED) for names, ours in (
+            ((f"{body}word_emb.emb_layers.{{i}}.weight", "crit.out_layers.{i}.weight"), "tables.{i}.weight"),
+            ((f"{body}word_emb.emb_projs.{{i}}", "crit.out_projs.{i}"), "projections.{i}"))],
         rule(f"{body}word_emb.emb_layers.{{i}}.weight", "token.tables.{i}.weight"),
         rule(f"{body}word_emb.emb_projs.{{i}}", "token.projections.{i}"),
         rule("crit.out_layers.{i}.weight", "head.tables.{i}"),
@@ -402,8 +410,9 @@ KEYS = {
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Sizes and what is tied. Untold by the tensors: context and mem_len, 512 are taken; clamp and same_length, which are
-    for evaluation; where the norm stands; cutoffs where there is one table (div=1), unless a preset has that vocabulary."""
+    """Sizes and what is tied. Untold by the tensors: context and mem_len, the preset's of the sizes or 512; clamp and
+    same_length, which are for evaluation; where the norm stands; cutoffs where there is one table (div=1), unless a preset
+    has that vocabulary."""
     dim = state["stack.layers.0.mixer.inner.proj.weight"].shape[0]
     heads, size = state["stack.layers.0.mixer.inner.u"].shape
     depth = count(state, "stack.layers.{i}.mixer.norm.weight")
@@ -411,27 +420,30 @@ def settings(state: State, layout: str) -> dict[str, Any]:
     projections = [state[f"token.projections.{i}"] for i in range(count(state, "token.projections.{i}"))]
     vocab, embed = sum(len(t) for t in tables), tables[0].shape[1]
     div = 1
-    cutoffs: tuple[int, ...] = ()
+    cutoffs: Any = ()
     if len(tables) > 1:
         div = next(d for d in range(2, embed + 2) if all(embed // d**i == t.shape[1] for i, t in enumerate(tables)))
         cutoffs = tuple(sum(len(t) for t in tables[:i]) for i in range(1, len(tables)))
     elif "head.cluster_weight" in state:
         known = [p["cutoffs"] for p in PRESETS.values() if "cutoffs" in dict(p.options) and p["vocab"] == vocab]
         cutoffs = next((c for c in known if len(c) == len(state["head.cluster_weight"])), ())
+        cutoffs = Assumed(cutoffs, "one table of tokens does not show them; those of a preset with this vocabulary, if any")
     elif projections and embed == dim:
         div = 2  # one cluster, with a projection that div = 1 has not
 
-    def same(ours: str, theirs: Tensor) -> bool:
-        return ours not in state or state[ours].equal(theirs)
+    def tied(ours: str, theirs: Tensor) -> bool:
+        return ours not in state or same(state[ours], theirs)
 
     clusters = range(1, 1 + len(state.get("head.cluster_weight", ())))
-    return {
-        "vocab": vocab, "dim": dim, "depth": depth, "heads": heads, "width": None if heads * size == dim else heads * size,
-        "ratio": state["stack.layers.0.channel.inner.fc1.weight"].shape[0] / dim, "context": 512, "mem_len": 512,
+    sizes = {"vocab": vocab, "dim": dim, "depth": depth}
+    return sizes | {
+        **{k: as_preset(PRESETS, k, 512, **sizes) for k in ("context", "mem_len")}, "heads": heads,
+        "width": None if heads * size == dim else heads * size,
+        "ratio": state["stack.layers.0.channel.inner.fc1.weight"].shape[0] / dim,
         "cutoffs": cutoffs, "div": div, "embed": None if embed == dim else embed,
-        "tie": all(same(f"head.tables.{i}", t) for i, t in enumerate(tables)),
+        "tie": all(tied(f"head.tables.{i}", t) for i, t in enumerate(tables)),
         "tie_projections": not projections or all(
-            same(f"head.projections.{i}", projections[min(i, len(projections) - 1)]) for i in clusters),
-        "shared": all(same(f"stack.layers.{i}.mixer.inner.{b}", state[f"stack.layers.0.mixer.inner.{b}"])
+            tied(f"head.projections.{i}", projections[min(i, len(projections) - 1)]) for i in clusters),
+        "shared": all(tied(f"stack.layers.{i}.mixer.inner.{b}", state[f"stack.layers.0.mixer.inner.{b}"])
                       for i in range(1, depth) for b in "uv"),
     }

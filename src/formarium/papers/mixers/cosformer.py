@@ -10,6 +10,7 @@ works in chunks and carries a state. Positions count from 1, as in the code.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from ...core.spec import spec
 from ...parts.attention import head_dim, join_heads, split_heads
 from ...parts.channel import linear
 from ...parts.linear import causal_linear_attention, linear_attention
-from ...weights.keys import FUSE_PAIR, State, keymap, rule
+from ...weights.keys import FUSE_PAIR, Assumed, State, keymap, rule
 from ..language.gpt import PRESETS as GPT
+from ..language.gpt import host_settings
 
 CARD = Card(
     title="cosFormer: Rethinking Softmax in Attention",
@@ -50,14 +52,15 @@ class CosFormer(Part):
     """Linear attention, re-weighted by the cosine of the distance.
 
     causal: no token sees a later one. length: M, at least the longest sequence; None: the current one's.
-    With ctx.memory the keys and values are the memory's tokens (cross attention). ctx.mask (B, 1, 1, M) hides keys.
+    reweight: False is plain linear attention with ReLU features, without the cosine. With ctx.memory the keys and values
+    are the memory's tokens (cross attention). ctx.mask (B, 1, 1, M) hides keys.
     """
 
     def __init__(self, dim: int, place: Place, *, heads: int = 4, bias: bool = True, causal: bool = False,
-                 length: int | None = None) -> None:
+                 length: int | None = None, reweight: bool = True) -> None:
         super().__init__(dim, place)
         head_dim(dim, heads)
-        self.heads, self.causal, self.length = heads, causal, length
+        self.heads, self.causal, self.length, self.reweight = heads, causal, length, reweight
         self.q = linear(dim, dim, bias=bias)
         self.kv = linear(dim, 2 * dim, bias=bias)
         self.proj = linear(dim, dim, bias=bias)
@@ -68,7 +71,6 @@ class CosFormer(Part):
         source = x if ctx.memory is None else ctx.memory[0]
         seen = 0 if ctx.cache is None else ctx.cache.length
         before = seen if ctx.memory is None else 0  # keys that the cache holds already
-        length = self._length(seen + x.shape[1], before + source.shape[1], cached=ctx.cache is not None)
         (q,), (k, v) = split_heads(F.relu(self.q(x)), 1, self.heads), split_heads(self.kv(source), 2, self.heads)
         k = F.relu(k)
         if ctx.mask is not None:
@@ -76,7 +78,9 @@ class CosFormer(Part):
                 raise DoesNotFit("cosFormer forms no scores, so a mask can hide keys (B, 1, 1, M) but not single pairs; "
                                  f"got {tuple(ctx.mask.shape)}")
             k = k * ctx.mask.transpose(-2, -1)
-        q, k = self._reweight(q, seen, length), self._reweight(k, before, length)
+        if self.reweight:
+            length = self._length(seen + x.shape[1], before + source.shape[1], cached=ctx.cache is not None)
+            q, k = self._reweight(q, seen, length), self._reweight(k, before, length)
         if self.causal and ctx.memory is None:
             state = None if ctx.cache is None else ctx.cache.states.get(self.place)
             out, state = causal_linear_attention(q, k, v, state=state)
@@ -117,6 +121,12 @@ KEYS = {
 }
 
 
-def settings(state: State, layout: str) -> dict[str, object]:
-    """The width; heads leave no trace in the tensors."""
-    return {"dim": state["q.weight"].shape[0]}
+def settings(state: State, layout: str) -> dict[str, Any]:
+    """Of the part: its width. Of a model: all sizes. Untold by the tensors: the heads, 64 channels each are taken where no
+    preset has the width; the length M of a part."""
+    if "q.weight" not in state:
+        return host_settings(state, PRESETS) | {"mixer": PART}
+    dim = state["q.weight"].shape[0]
+    return {"dim": dim, "bias": "q.bias" in state,
+            "heads": Assumed(max(1, dim // 64), "leaves no trace in the tensors; 64 channels each"),
+            "causal": Assumed(False, "leaves no trace in the tensors; as the authors' code has it, unless asked otherwise")}

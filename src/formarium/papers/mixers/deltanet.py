@@ -36,8 +36,8 @@ from ...parts.attention import Attention, head_dim, join_heads, split_heads
 from ...parts.channel import SwiGLU, linear
 from ...parts.norm import RMSNorm
 from ...parts.position import NoPosition, Rotary
-from ...weights.keys import FUSE, FUSE_PAIR, State, count, keymap, rule
-from ..language.gpt import GPT
+from ...weights.keys import FUSE_PAIR, TIED, Assumed, Op, Options, State, drop, keymap, rule, told_ratio
+from ..language.gpt import GPT, host_settings
 from ..language.gpt import PRESETS as GPTS
 
 CARD = Card(
@@ -200,19 +200,37 @@ PRESETS = {
 }
 
 
+def _fused(t: list[Tensor], o: Options) -> list[Tensor]:
+    """Projections and, where there are, convolutions of q, k and v, and the output projection, which comes last."""
+    return [*(torch.cat(t[i:i + 3]) for i in range(0, len(t) - 1, 3)), t[-1]]
+
+
+def _split(t: list[Tensor], o: Options) -> list[Tensor]:
+    """Keys may be of another width than values, which the output projection takes."""
+    value = t[-1].shape[1]
+    key = (t[0].shape[0] - value) // 2
+    return [part for whole in t[:-1] for part in whole.split((key, key, value))] + [t[-1]]
+
+
+QKV = Op(_fused, _split)
+
+
 def _layer(theirs: str, ours: str) -> list[Any]:
+    projections, out = [f"{theirs}{x}_proj.weight" for x in "qkv"], f"{theirs}o_proj.weight"
     return [
-        rule([f"{theirs}{x}_proj.weight" for x in "qkv"], f"{ours}qkv.weight", FUSE),  # also of the hybrids' attention
-        rule([f"{theirs}{x}_conv1d.weight" for x in "qkv"], f"{ours}conv.weight", FUSE),
+        rule([*projections, *(f"{theirs}{x}_conv1d.weight" for x in "qkv"), out],
+             [f"{ours}{x}.weight" for x in ("qkv", "conv", "proj")], QKV),
+        rule([*projections, out], [f"{ours}{x}.weight" for x in ("qkv", "proj")], QKV),  # also of the hybrids' attention
         rule(f"{theirs}b_proj.weight", f"{ours}beta.weight"),
         rule(f"{theirs}o_norm.weight", f"{ours}out_norm.weight"),
-        rule(f"{theirs}o_proj.weight", f"{ours}proj.weight"),
+        drop(f"{theirs}rotary.inv_freq", "frequencies of the rotary positions, recomputed"),
     ]
 
 
 MLP = "model.layers.{i}.mlp"
 KEYS = {
     "fla": keymap(
+        rule(("model.embeddings.weight", "lm_head.weight"), "token.weight", TIED),
         rule("model.embeddings.weight", "token.weight"),
         rule("model.layers.{i}.attn_norm.weight", "stack.layers.{i}.mixer.norm.weight"),
         *_layer("model.layers.{i}.attn.", "stack.layers.{i}.mixer.inner."),
@@ -221,6 +239,8 @@ KEYS = {
         rule(f"{MLP}.down_proj.weight", "stack.layers.{i}.channel.inner.fc2.weight"),
         rule("model.norm.weight", "norm.weight"),
         rule("lm_head.weight", "head.weight"),
+        without={"nano": "GPT-2's shape: learned positions, layer norms and biases, which fla's model has not"},
+        example=("340m_sliding", {"vocab": 96, "context": 32, "dim": 64, "depth": 2, "heads": 2}),
     ),
     "fla_layer": keymap(*_layer("", ""), makes="part"),
 }
@@ -229,7 +249,8 @@ KEYS = {
 def _layer_settings(state: State, at: str = "") -> dict[str, Any]:
     dim, value = state[f"{at}proj.weight"].shape
     conv = state.get(f"{at}conv.weight")
-    told = {"expand_k": (state[f"{at}qkv.weight"].shape[0] - value) / 2 / dim, "expand_v": value / dim,
+    key = (state[f"{at}qkv.weight"].shape[0] - value) // 2
+    told = {"expand_k": told_ratio(key, dim), "expand_v": told_ratio(value, dim),
             "conv": None if conv is None else conv.shape[2]}
     usual = {"expand_k": 1.0, "expand_v": 1.0, "conv": 4}
     return {k: v for k, v in told.items() if v != usual[k]}  # so that the presets' mixer is recognised
@@ -237,21 +258,21 @@ def _layer_settings(state: State, at: str = "") -> dict[str, Any]:
 
 def settings(state: State, layout: str) -> dict[str, Any]:
     """All sizes. Untold by the tensors: the context, and the window of the hybrids' attention (mixer=); attention in every
-    other layer is taken as the presets' sliding window, elsewhere as global."""
-    if layout == "fla_layer":
+    other layer is taken as the presets' sliding window, elsewhere as global. Nor are beta_max, and the activation and norm
+    of queries and keys: the published ones are taken."""
+    if "token.weight" not in state:
         return {"dim": state["proj.weight"].shape[0], "heads": state["beta.weight"].shape[0], **_layer_settings(state)}
-    vocab, dim = state["token.weight"].shape
-    layers = [f"stack.layers.{i}.mixer.inner." for i in range(count(state, "stack.layers.{i}.mixer.norm.weight"))]
+    told = host_settings(state, PRESETS)
+    layers = [f"stack.layers.{i}.mixer.inner." for i in range(told["depth"])]
     delta = next(at for at in layers if f"{at}beta.weight" in state)
-    own = PAPER["mixer"].but(**_layer_settings(state, delta))
+    known = PART if "position.table" in state else PAPER["mixer"]  # which differ in an epsilon
+    own = known.but(**_layer_settings(state, delta))
     attends = [f"{at}beta.weight" not in state for at in layers]
+    why = "the window of attention and what is done to queries and keys leave no trace in the tensors; as published"
     mixer: Any = own
     if attends == [i % 2 == 1 for i in range(len(layers))]:
         mixer = (own, SLIDING[1])
     elif any(attends):
         mixer = tuple(GLOBAL if a else own for a in attends)
-    head = state.get("head.weight")
-    return {"vocab": vocab, "dim": dim, "depth": len(layers), "heads": state[f"{delta}beta.weight"].shape[0],
-            "context": 2048, "bias": False, "tie": head is None or head.equal(state["token.weight"]), "mixer": mixer,
-            "channel": spec(SwiGLU, ratio=1.5 * state["stack.layers.0.channel.inner.fc2.weight"].shape[1] / dim),
-            "norm": PAPER["norm"], "position": PAPER["position"]}
+    told |= {"heads": state[f"{delta}beta.weight"].shape[0], "mixer": Assumed(mixer, why)}
+    return told if "norm.bias" in state else told | {"norm": PAPER["norm"], "position": PAPER["position"]}

@@ -45,7 +45,7 @@ from ...parts.position import AbsolutePosition, LearnedPosition, positions
 from ...parts.residual import PreNorm
 from ...skeletons.decoder import Decoder
 from ...skeletons.stack import Stack
-from ...weights.keys import FUSE, UNSQUEEZE, Op, State, count, drop, keymap, rule
+from ...weights.keys import FUSE, UNSQUEEZE, Assumed, Op, State, count, drop, keymap, rule, told_ratio, twin
 
 CARD = Card(
     title="Reformer: The Efficient Transformer",
@@ -599,6 +599,7 @@ KEYS = {
         rule(("lm_head.decoder.bias", "lm_head.bias"), "head.bias", TWICE),
         rule("lm_head.bias", "head.bias"),
         rule("lm_head.decoder.*", "head.*"),
+        example=("nano", {"strict": False, "channel": spec(ChunkedMlp, activation="relu")}),
     ),
     "transformers_lsh": keymap(
         rule("self_attention.query_key.weight", "qk.weight"),
@@ -612,11 +613,13 @@ KEYS = {
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Sizes. Untold by the tensors: heads (64 channels each are taken), chunk, rounds, buckets, seed, the activation (ReLU,
-    as released) and, of the attention alone, causal."""
-    if layout == "transformers_lsh":
+    """Sizes. Untold by the tensors: heads (64 channels each), chunk, rounds, buckets, seed, the activation (ReLU, as
+    released) and, of the attention alone, causal; where all shapes are a preset's, its. Files in transformers' layout get
+    the published form, ours the strict one."""
+    if "qk.weight" in state:
         width, dim = state["qk.weight"].shape
-        return {"dim": dim, "width": width, "heads": max(1, width // 64), "strict": False}
+        return {"dim": dim, "width": width, "heads": Assumed(max(1, width // 64), "leaves no trace; 64 channels each"),
+                "strict": layout == "formarium"}
     vocab, dim = state["token.weight"].shape
     depth = count(state, "stack.layers.{i}.mixer.norm.weight")
     kinds = ["qk" if f"stack.layers.{i}.mixer.inner.qk.weight" in state else "qkv" for i in range(depth)]
@@ -628,8 +631,12 @@ def settings(state: State, layout: str) -> dict[str, Any]:
     tables = [state[f"position.table{i}"] for i in range(count(state, "position.table{i}"))]
     shape = tuple(t.shape[i] for i, t in enumerate(tables))
     axial = spec(AxialPosition, shape=shape, dims=tuple(t.shape[-1] for t in tables))
-    return {"vocab": vocab, "dim": dim, "depth": depth, "heads": max(1, width // 64), "strict": False,
-            "context": math.prod(shape) if tables else state["position.table"].shape[1],
-            "position": axial if tables else spec(LearnedPosition), "mixer": tuple(made[k] for k in kinds[:period]),
-            "channel": spec(ChunkedMlp, activation="relu", ratio=hidden / dim if int(dim * (hidden / dim)) == hidden else
-                            (hidden + 0.5) / dim)}
+    sizes: dict[str, Any] = {"vocab": vocab, "dim": dim, "depth": depth}
+    told: dict[str, Any] = sizes | {
+        "heads": Assumed(max(1, width // 64), "leaves no trace in the tensors; 64 channels each"),
+        "strict": layout == "formarium", "context": math.prod(shape) if tables else state["position.table"].shape[1],
+        "position": axial if tables else spec(LearnedPosition), "mixer": tuple(made[k] for k in kinds[:period]),
+        "channel": Assumed(spec(ChunkedMlp, activation="relu", ratio=told_ratio(hidden, dim)), "ReLU, as released")}
+    if layout != "formarium":  # their positions are given as tables
+        return told | twin(PRESETS, state, ("heads", "mixer", "channel"), **sizes)
+    return told | twin(PRESETS, state, ("heads", "mixer", "channel", "strict", "context", "position"), **sizes)

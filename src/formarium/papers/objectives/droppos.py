@@ -41,7 +41,7 @@ from ...skeletons.backbone import Backbone
 from ...skeletons.objective import Objective
 from ...skeletons.stack import Stack
 from ...weights.files import read
-from ...weights.keys import Rule, State, count, drop, keymap, rule
+from ...weights.keys import Rule, State, as_preset, count, drop, keymap, rule
 from ...weights.load import load
 from ..backbones import vit
 
@@ -295,12 +295,14 @@ OBJECTIVE_KEYS = keymap(
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """As a ViT's; without a table of positions they are the fixed ones, for 224 pixels unless you say img_size."""
+    """As a ViT's. Without a table of positions they are the fixed ones, for an image of the preset's size, else of 224
+    pixels, unless you say img_size."""
     if "embedding.position.table" in state:
         return vit.settings(state, "timm") | {"position": spec(LearnedPosition)}
-    side = 224 // state["embedding.proj.weight"].shape[-1]
-    table = torch.empty(1, side**2 + int("embedding.cls" in state), 1, device="meta")
-    return vit.settings(state | {"embedding.position.table": table}, "timm") | {"position": spec(SinCos)}
+    dim, _, *patch = state["embedding.proj.weight"].shape
+    size = as_preset(PRESETS, "img_size", 224 // patch[0] * patch[0], dim=dim, patch=patch[0])
+    table = torch.empty(1, (size.value // patch[0]) ** 2 + int("embedding.cls" in state), 1, device="meta")
+    return vit.settings(state | {"embedding.position.table": table}, "timm") | {"img_size": size, "position": spec(SinCos)}
 
 
 def load_objective(source: str | Path | Mapping[str, Tensor], *, heads: int | None = None, **options: Any) -> DropPos:

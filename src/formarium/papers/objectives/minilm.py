@@ -29,6 +29,7 @@ from ...core.model import Model
 from ...core.spec import spec
 from ...parts.attention import Attention, Seen, watching
 from ...skeletons.objective import Objective
+from ...weights.keys import State, as_preset
 from ...weights.load import load
 from ..language import bert
 from ..language.bert import Bert
@@ -152,4 +153,10 @@ PRESETS = {
     "multilingual_l12_h384": SMALL.but(vocab=250037),
 }
 
-KEYS, settings = bert.KEYS, bert.settings
+KEYS = bert.KEYS
+
+
+def settings(state: State, layout: str) -> dict[str, Any]:
+    """As BERT's; the heads, which leave no trace, as the student of these sizes has them."""
+    told = bert.settings(state, layout)
+    return told | {"heads": as_preset(PRESETS, "heads", told["heads"].value, vocab=told["vocab"], dim=told["dim"])}

@@ -41,7 +41,7 @@ from ...parts.norm import LayerNorm
 from ...parts.residual import PostNorm
 from ...skeletons.points import UNIT, PointBackbone, Sets, set_of, values_known
 from ...skeletons.stack import Stack
-from ...weights.keys import State, count, drop, keymap, rule
+from ...weights.keys import State, as_preset, count, drop, keymap, rule, told_ratio
 
 CARD = Card(
     title="FlatFormer: Flattened Window Attention for Efficient Point Cloud Transformer",
@@ -243,11 +243,12 @@ class FlattenedWindowAttention(Part):
         weight, bias = self.qkv.weight, self.qkv.bias
         qk = F.linear(x + self.position(x, ctx), weight[:split], bias[:split])
         qkv = torch.cat((qk, F.linear(x, weight[split:], bias[split:])), dim=-1)
-        q, k, v = split_heads(qkv[0].index_select(0, take).unflatten(0, (-1, self.group)), 3, self.heads)
+        q, k, v = split_heads(qkv[0].index_select(0, take.flatten()).unflatten(0, take.shape), 3, self.heads)
         return self.proj(join_heads(attend(q, k, v, mask=mask)).flatten(0, 1).index_select(0, back)[None])
 
     def groups(self, lengths: tuple[int, ...], coords: Tensor, ctx: Ctx) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As `equal_groups`, of the tokens in the order of the windows. The same for every layer of this axis and shift."""
+        """As `equal_groups`, of the tokens in the order of the windows; take: (groups, tokens of each). The same for every
+        layer of this axis and shift."""
         key = f"groups {self.group} {self.window} {self.grid} {self.axis} {self.shift}"
         if key not in ctx.shared:
             owner = set_of(lengths, coords.device)
@@ -256,7 +257,7 @@ class FlattenedWindowAttention(Part):
             order = window_order(coords[0].long(), owner, grid=self.grid, window=self.window, axis=self.axis,
                                  shift=self.shift, filled=filled)
             take, back, mask = equal_groups(lengths, self.group, coords.device, counts)
-            ctx.shared[key] = order[take], back[order.argsort()], mask
+            ctx.shared[key] = order[take].unflatten(0, (-1, self.group)), back[order.argsort()], mask
         return ctx.shared[key]
 
     def position(self, x: Tensor, ctx: Ctx) -> Tensor:
@@ -337,24 +338,32 @@ def _blocks(prefix: str) -> list[Any]:
 
 
 KEYS = {
-    "authors": keymap(*_blocks("")),  # their module FlatFormer, which takes cells
+    "authors": keymap(*_blocks(""),  # their module FlatFormer, which takes cells
+                      without=dict.fromkeys(PRESETS, "points, which that module does not encode"),
+                      example=("waymo_1f", {"hidden": None, "in_chans": 32, "dim": 32, "blocks": 1})),
     "authors_detector": keymap(
         rule("voxel_encoder.vfe_layers.{i}.*", "embedding.layers.{i}.*"),
         *_blocks("middle_encoder."),
         *[drop(f"{part}.*", "what follows the bird's-eye map is not part of the model")
           for part in ("backbone", "neck", "bbox_head")],
+        without={"nano": "layer norms in the point encoder, and a classifier"},
+        example=("waymo_1f", {"hidden": (16,), "dim": 32, "blocks": 1}),
     ),
 }
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Widths and depth. Heads, group, window, grid and bounds leave no trace: those of the authors' configurations are
-    taken. Their encoder alone makes a model without a point encoder: in_chans is dim, and its points are cells."""
+    """Widths, depth and classes. Heads, group, window, grid and bounds leave no trace: those of the authors' configurations
+    are taken, but nano's where they are of nano's size. Their encoder alone makes a model without a point encoder: in_chans
+    is dim, and its points are cells."""
     width, dim = state["stages.0.layers.0.channel.inner.fc1.weight"].shape
     name = "embedding.layers.{i}.linear.weight"
     points = [state[name.replace("{i}", str(i))].shape for i in range(count(state, name))]
-    return {"dim": dim, "ratio": width / dim, "blocks": count(state, "stages.{i}.layers.0.channel.norm.weight"),
-            "hidden": tuple(out for out, _ in points[:-1]) if points else None,
-            "in_chans": points[0][1] - 9 if points else dim,
-            **{k: WAYMO[k] for k in ("num_classes", "bounds", "grid", "group", "window")}, "heads": 8,
-            "point_norm": spec(BatchNorm)}
+    hidden = tuple(out for out, _ in points[:-1]) if points else None
+    sizes = {"dim": dim, "blocks": count(state, "stages.{i}.layers.0.channel.norm.weight"), "hidden": hidden}
+    layered = bool(points) and "embedding.layers.0.norm.running_mean" not in state
+    usual = {k: WAYMO[k] for k in ("bounds", "grid", "group", "window")} | {"heads": 8}
+    return sizes | {k: as_preset(PRESETS, k, v, **sizes) for k, v in usual.items()} | {
+        "ratio": told_ratio(width, dim), "in_chans": points[0][1] - 9 if points else dim,
+        "num_classes": len(state["head.weight"]) if "head.weight" in state else 0,
+        "point_norm": spec(LayerNorm) if layered else spec(BatchNorm)}

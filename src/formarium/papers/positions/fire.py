@@ -20,6 +20,8 @@ past the length of training. The hidden layer takes hidden * N * M numbers a lay
 checkpointing holds one at a time.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ from ...core.ctx import Ctx, Place
 from ...core.errors import DoesNotFit
 from ...core.spec import spec
 from ...parts.position import ScorePosition
-from ..language.gpt import GPT
+from ...weights.keys import Assumed, State, as_preset
+from ..language.gpt import GPT, host_settings
 from ..language.gpt import PRESETS as GPTS
 
 CARD = Card(
@@ -121,3 +124,18 @@ PRESETS = {
     "base_s": PAPER.but(position=PART.but(shared=True)),
     "large": PAPER.but(dim=1024, depth=24, heads=16),
 }
+
+
+def settings(state: State, layout: str) -> dict[str, Any]:
+    """All sizes, and whether the layers share the bias. Untold by the tensors: the context and where L starts; the presets'
+    are taken, else 2,048 and 512."""
+    told = host_settings(state, PRESETS)
+    first = "stack.layers.0.mixer.inner.position"
+    heads, hidden = state[f"{first}.w2"].shape
+    known = as_preset(PRESETS, "position", PART, vocab=told["vocab"], dim=told["dim"])
+    options = {k: v for k, v in known.value.options if k == "threshold"}
+    if hidden != 32:
+        options["hidden"] = hidden
+    if told["depth"] > 1 and f"{first.replace('.0.', '.1.')}.w1" not in state:
+        options["shared"] = True
+    return told | {"heads": heads, "position": Assumed(spec(Fire, **options), f"threshold {known.why}")}

@@ -39,9 +39,9 @@ from ...parts.norm import LayerNorm, NoNorm
 from ...parts.position import AbsolutePosition, LearnedPosition
 from ...parts.residual import PostNorm
 from ...skeletons.stack import Stack
-from ...weights.keys import FUSE, FUSE_PAIR, Op, State, count, keymap, rule
-from ..language.gpt import GPT
-from ..language.transformer import PRESETS as TRANSFORMERS
+from ...weights.keys import FUSE, FUSE_PAIR, TIED, Assumed, Op, State, keymap, rule, told_ratio
+from ..language import transformer
+from ..language.gpt import GPT, host_settings
 
 CARD = Card(
     title="DeepNet: Scaling Transformers to 1,000 Layers",
@@ -68,6 +68,10 @@ CARD = Card(
         "m2m_200": Published(params=3.2e9, note="100 + 100 layers, 102 languages"),
     },
     hosts=("transformer/nano", "gpt/nano", "vit/nano"),
+    confused_with={
+        "transformer": "our own names: DeepNorm has the tensors of any norm placement, and its scale is a constant",
+        "gpt": "our own names: DeepNorm has the tensors of any norm placement, and its scale is a constant",
+    },
 )
 
 QUERIES_AND_KEYS = {"qkv": (True, True, False), "kv": (True, False), "q": (True,), "k": (True,)}  # parts of the rows
@@ -151,10 +155,10 @@ class DeepNetEncoder(Model):
         return F.linear(x, self.token.weight if self.head is None else self.head.weight)
 
 
-WMT = TRANSFORMERS["base"].but(residual=PART)
+WMT = transformer.PRESETS["base"].but(residual=PART)
 OPUS = WMT.but(source_vocab=128000, vocab=128000, tie="target")
 PRESETS = {
-    "nano": TRANSFORMERS["nano"].but(residual=PART),
+    "nano": transformer.PRESETS["nano"].but(residual=PART),
     "nano_encoder": spec(DeepNetEncoder),
     "nano_decoder": spec(GPT, dim=64, depth=4, heads=4, context=128, residual=PART),
     **{f"wmt_{n}": WMT.but(encoder_depth=n, decoder_depth=n) for n in (18, 50, 100)},
@@ -162,6 +166,7 @@ PRESETS = {
     "m2m_200": WMT.but(source_vocab=256000, vocab=256000, dim=1024, heads=16, encoder_depth=100, decoder_depth=100),
 }
 
+TIED_3 = Op(TIED.there, lambda t, o: [*t, *t, *t])
 FROM_2 = Op(lambda t, o: [t[0][None, 2:]], lambda t, o: [F.pad(t[0][0], (0, 0, 2, 0))])  # their positions start at 2
 
 
@@ -182,16 +187,25 @@ def _layers(theirs: str, ours: str) -> list[Any]:
     ]
 
 
-_ALONE = keymap(
+_SINUSOIDS = "fixed sinusoids for positions, where torchscale has learned ones"
+_WITHOUT = {name: _SINUSOIDS for name, preset in PRESETS.items() if preset.target is not DeepNetEncoder} | {
+    "nano_decoder": "a last norm, which torchscale's decoder has not after post-norm layers"}
+_ALONE = (
+    rule(("embed_tokens.weight", "output_projection.weight"), "token.weight", TIED),
     rule("embed_tokens.weight", "token.weight"),
     rule("embed_positions.weight", "position.table", FROM_2),
     *_layers("", "stack"),
     rule("output_projection.weight", "head.weight"),
 )
 KEYS = {  # of torchscale; an encoder and a decoder alone have the same names, and without layout= an encoder is taken
-    "encoder": _ALONE,
-    "decoder": _ALONE,
+    "encoder": keymap(*_ALONE, without=_WITHOUT, example=("nano_encoder", {})),
+    "decoder": keymap(*_ALONE, without=_WITHOUT | {"nano_encoder": "an encoder: the same names, another function"},
+                      example=("nano_decoder", {"norm": spec(NoNorm),
+                                                "residual": PART.but(norm=spec(LayerNorm, eps=1e-5))})),
     "encoder_decoder": keymap(
+        rule([f"{x}.weight" for x in ("encoder.embed_tokens", "decoder.embed_tokens", "decoder.output_projection")],
+             "token.weight", TIED_3),
+        rule(("decoder.embed_tokens.weight", "decoder.output_projection.weight"), "token.weight", TIED),
         rule("encoder.embed_tokens.weight", "source_token.weight"),
         rule("encoder.embed_positions.weight", "source_position.table", FROM_2),
         rule("decoder.embed_tokens.weight", "token.weight"),
@@ -199,32 +213,32 @@ KEYS = {  # of torchscale; an encoder and a decoder alone have the same names, a
         *_layers("encoder.", "encoder"),
         *_layers("decoder.", "decoder"),
         rule("decoder.output_projection.weight", "head.weight"),
+        without=_WITHOUT | {"nano_encoder": "an encoder alone"},
+        example=("nano", {"position": spec(LearnedPosition), "channel": spec(Mlp), "scale_embedding": False, "pad": 1,
+                          "start": 2}),
     ),
 }
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """All sizes. Untold by the tensors: heads (64 channels each are taken), GELU networks and no factor on the embeddings
-    (torchscale's defaults), pad, start and end (fairseq's 1, 2 and 2)."""
-    vocab, dim = state["token.weight"].shape
-    head = state.get("head.weight")
-    tied = head is None or head.equal(state["token.weight"])
-    theirs: dict[str, Any] = {"vocab": vocab, "dim": dim, "heads": max(1, dim // 64),
-                              "context": state["position.table"].shape[1], "position": spec(LearnedPosition)}
-    own = "encoder" if layout == "encoder_decoder" else "stack"
-    ratio = state[f"{own}.layers.0.channel.inner.fc1.weight"].shape[0] / dim
-    norm = spec(LayerNorm, eps=1e-5)
-    if layout == "encoder":
-        return theirs | {"depth": count(state, "stack.layers.{i}.mixer.norm.weight"), "ratio": ratio, "tie": tied}
-    if layout == "decoder":  # no norm follows the layers, which in GPT is theirs too
-        return theirs | {"depth": count(state, "stack.layers.{i}.mixer.norm.weight"), "tie": tied,
-                         "mixer": spec(Attention), "bias": True, "channel": spec(Mlp, ratio=ratio), "norm": spec(NoNorm),
-                         "residual": PART.but(norm=norm)}
-    source = state.get("source_token.weight")
-    shared = tied and (source is None or source.equal(state["token.weight"]))
-    return theirs | {"source_vocab": vocab if source is None else source.shape[0], "ratio": ratio, "channel": spec(Mlp),
-                     "source_context": state["source_position.table"].shape[1], "norm": norm,
-                     "encoder_depth": count(state, "encoder.layers.{i}.mixer.norm.weight"),
-                     "decoder_depth": count(state, "decoder.layers.{i}.mixer.norm.weight"),
-                     "tie": "all" if shared else "target" if tied else "none", "scale_embedding": False,
-                     "pad": 1, "start": 2, "end": 2}
+    """All sizes. Untold by the tensors: heads (64 channels each, where no preset has the width); in torchscale's files GELU
+    networks, no factor on the embeddings (torchscale's defaults), pad, start and end (fairseq's 1, 2 and 2). Our own names
+    without positions are of a Transformer; an encoder alone and a decoder alone differ in the last norm."""
+    eps = spec(LayerNorm, eps=1e-5)
+    if "encoder.layers.0.channel.norm.weight" in state:
+        told = transformer.host_settings(state, PRESETS) | {"residual": PART}
+        if layout == "formarium":
+            return told
+        why = "leaves no trace in the tensors; fairseq's"
+        return told | {"channel": spec(Mlp), "norm": eps, "scale_embedding": Assumed(False, "torchscale's default"),
+                       **{k: Assumed(v, why) for k, v in {"pad": 1, "start": 2, "end": 2}.items()}}
+    if layout == "encoder" or (layout == "formarium" and "norm.weight" not in state):
+        told = host_settings(state, PRESETS)
+        hidden = state["stack.layers.0.channel.inner.fc1.weight"].shape[0]
+        return {k: told[k] for k in ("vocab", "dim", "depth", "heads", "tie", "context", "position")} | {
+            "ratio": told_ratio(hidden, told["dim"]), "channel": spec(Mlp)}
+    told = host_settings(state, PRESETS)
+    if layout == "formarium":
+        return told | {"residual": PART}
+    # no norm follows the layers, which in GPT is theirs too
+    return told | {"mixer": spec(Attention), "bias": True, "norm": spec(NoNorm), "residual": PART.but(norm=eps)}

@@ -24,8 +24,8 @@ from ...core.spec import Spec, spec
 from ...parts.norm import LayerNorm
 from ...parts.position import Rotary
 from ...parts.residual import PreNorm
-from ...weights.keys import SAME, State, count, drop, keymap, rule
-from ..language.gpt import GPT
+from ...weights.keys import TIED, Op, Options, Rule, State, drop, keymap, rule
+from ..language.gpt import GPT, host_settings
 from ..language.gpt import PRESETS as GPTS
 
 CARD = Card(
@@ -97,31 +97,53 @@ PRESETS = {
     "48_4x5": PAPER.but(residual=PART.but(dilation=4, period=5)),
 }
 
-FLAT = SAME.__class__(lambda t, o: [t[0][0]], lambda t, o: [t[0][None]])  # alphas are the weight of a Linear(n, 1)
+FLAT = Op(lambda t, o: [t[0][0]], lambda t, o: [t[0][None]])  # alphas are the weight of a Linear(n, 1)
+
+
+def _frequencies(table: Tensor, state: State, options: Options) -> Tensor:
+    dim = table.shape[1] // options.get("heads", max(1, table.shape[1] // 64))
+    return 10000 ** (-torch.arange(0, dim, 2) / dim)
+
+
+def _block(theirs: str) -> list[Rule]:
+    ours = "stack.layers.{i}"
+    return [
+        drop(f"{theirs}.attn.bias", "the causal mask, rebuilt"),
+        rule(f"{theirs}.ln_1.*", f"{ours}.mixer.norm.*"),
+        rule(f"{theirs}.attn.c_attn.*", f"{ours}.mixer.inner.qkv.*"),
+        rule(f"{theirs}.attn.c_proj.*", f"{ours}.mixer.inner.proj.*"),
+        rule(f"{theirs}.ln_2.*", f"{ours}.channel.norm.*"),
+        rule(f"{theirs}.mlp.c_fc.*", f"{ours}.channel.inner.fc1.*"),
+        rule(f"{theirs}.mlp.c_proj.*", f"{ours}.channel.inner.fc2.*"),
+    ]
+
+
 KEYS = {
     "authors": keymap(  # experiments/models/denseformer.py with an average after every block
+        rule(("transformer.wte.weight", "lm_head.weight"), "token.weight", TIED),
         rule("transformer.wte.weight", "token.weight"),
-        drop("transformer.wpe.*", "rotary frequencies, recomputed"),
-        rule("transformer.h.{i}.0.ln_1.*", "stack.layers.{i}.mixer.norm.*"),
-        rule("transformer.h.{i}.0.attn.c_attn.*", "stack.layers.{i}.mixer.inner.qkv.*"),
-        rule("transformer.h.{i}.0.attn.c_proj.*", "stack.layers.{i}.mixer.inner.proj.*"),
-        rule("transformer.h.{i}.0.ln_2.*", "stack.layers.{i}.channel.norm.*"),
-        rule("transformer.h.{i}.0.mlp.c_fc.*", "stack.layers.{i}.channel.inner.fc1.*"),
-        rule("transformer.h.{i}.0.mlp.c_proj.*", "stack.layers.{i}.channel.inner.fc2.*"),
+        drop("transformer.wpe.freqs", "rotary frequencies, recomputed", ("token.weight", _frequencies)),
+        *_block("transformer.h.{i}.0"),
         rule("transformer.ln_f.*", "norm.*"),
         rule("weights.{i}.weight", "stack.layers.{i}.channel.alpha", FLAT),
         rule("lm_head.weight", "head.weight"),
+        without={"nano": "learned positions, where their files have rotary ones",
+                 "48_4x5": "there, with a period, the dilation counts averages, not blocks: another function"},
+        example=("48", {"vocab": 96, "context": 32, "dim": 64, "depth": 3, "heads": 1}),
     ),
 }
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Sizes, and the dilation from the lengths of the averages; heads leave no trace: a head size of 64 is taken."""
-    vocab, dim = state["token.weight"].shape
-    depth = count(state, "stack.layers.{i}.mixer.norm.weight")
-    lengths = [state[f"stack.layers.{i}.channel.alpha"].shape[0] for i in range(depth)]
-    fitting = [k for k in range(1, depth + 1) if lengths == [(i + 1) // k + 1 for i in range(depth)]]
-    head = state.get("head.weight")
-    return {"vocab": vocab, "dim": dim, "depth": depth, "heads": max(1, dim // 64), "bias": "norm.bias" in state,
-            "context": 1024, "position": spec(Rotary, interleaved=True),
-            "tie": head is None or head.equal(state["token.weight"]), "residual": PART.but(dilation=fitting[0])}
+    """Sizes; the dilation, and a period, from which blocks average over how many. Untold by the tensors: the context, and
+    the heads, 64 channels each where no preset has the width."""
+    told = host_settings(state, PRESETS)
+    depth = told["depth"]
+    found = {i: len(state[name]) for i in range(1, depth + 1) if (name := f"stack.layers.{i - 1}.channel.alpha") in state}
+    period = min(found)
+    fitting = [k for k in range(1, depth + 1) if all(n == i // k + 1 for i, n in found.items())]
+    if list(found) != list(range(period, depth + 1, period)) or not fitting:
+        raise ValueError(f"no dilation and period give averages over {found} (block: outputs)")
+    options = {k: v for k, v in {"dilation": fitting[0], "period": period}.items() if v != 1}
+    told["residual"] = PART.but(**options)
+    return {"position": spec(Rotary, interleaved=True)} | told

@@ -291,6 +291,8 @@ KEYS = {
         rule("skip_conv.weight", "skip.weight", LINEAR_AS_CONV),
         rule("skip_conv.bias", "skip.bias"),
         rule("output.*", "head.*"),
+        without={"nano": "three levels, where their nets have four"},
+        example=("deraining", {"dim": 8, "depths": (1, 1, 1, 1), "refinement": 1, "img_size": 16}),
     ),
 }
 
@@ -298,9 +300,10 @@ KEYS = {
 def settings(state: State, layout: str) -> dict[str, Any]:
     """All sizes, and the norm. The ratio is the shortest decimal number that gives the hidden widths of all levels."""
     dim, in_chans = state["embedding.weight"].shape[:2]
-    depths = tuple(count(state, f"encoder.{i}.layers.{{i}}.mixer.inner.temperature") for i in range(4))
-    heads = tuple(len(state[f"encoder.{i}.layers.0.mixer.inner.temperature"]) for i in range(4))
-    hidden = {dim * 2**i: state[f"encoder.{i}.layers.0.channel.inner.fc2.weight"].shape[1] for i in range(4)}
+    levels = range(count(state, "encoder.{i}.layers.0.mixer.inner.temperature"))
+    depths = tuple(count(state, f"encoder.{i}.layers.{{i}}.mixer.inner.temperature") for i in levels)
+    heads = tuple(len(state[f"encoder.{i}.layers.0.mixer.inner.temperature"]) for i in levels)
+    hidden = {dim * 2**i: state[f"encoder.{i}.layers.0.channel.inner.fc2.weight"].shape[1] for i in levels}
     biased = "encoder.0.layers.0.mixer.norm.bias" in state
     return {"dim": dim, "in_chans": in_chans, "out_chans": state["head.weight"].shape[0], "depths": depths, "heads": heads,
             "refinement": count(state, "refinement.layers.{i}.mixer.inner.temperature"), "ratio": shortest_ratio(hidden),

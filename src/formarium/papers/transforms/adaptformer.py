@@ -26,7 +26,7 @@ from ...core.errors import DoesNotFit, unknown
 from ...core.model import Model
 from ...core.part import Part, Residual
 from ...skeletons.stack import Stack
-from ...weights.keys import FUSE, Op, State, drop, keymap, rule
+from ...weights.keys import FUSE, Assumed, Op, State, drop, keymap, rule
 from ..backbones import vit
 
 CARD = Card(
@@ -155,12 +155,11 @@ KEYS = {
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """The ViT's settings, and the adapters' but for their number s, where the layer norm stands ("in" is taken), and the
-    mode (parallel, the only one that the authors release)."""
+    """The ViT's settings, and the adapters'."""
     adapter = "stages.0.layers.0.channel.adapter"
-    told = {"bottleneck": state[f"{adapter}.down.weight"].shape[0]}
-    if f"{adapter}.scale" in state:
-        told["scale"] = "learned"
+    told = {"bottleneck": state[f"{adapter}.down.weight"].shape[0],
+            "scale": "learned" if f"{adapter}.scale" in state else Assumed(0.1, "a number leaves no trace in the tensors"),
+            "mode": Assumed("parallel", "leaves no trace in the tensors; the authors release no other")}
     if f"{adapter}.norm.weight" in state:
-        told["layer_norm"] = "in"
+        told["layer_norm"] = Assumed("in", "where the layer norm stands leaves no trace in the tensors")
     return vit.settings({k.replace(".channel.residual.", ".channel."): v for k, v in state.items()}, "timm") | told

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...core.card import Card
 from ...core.ctx import Ctx
-from ...core.errors import DoesNotFit
+from ...core.errors import DoesNotFit, unknown
 from ...core.model import Model
 from ...core.part import Part, Resample, Residual
 from ...core.spec import spec
@@ -159,6 +159,58 @@ class Pruning(Resample):
         return ((scores.square() * votes).sum(1) / votes.sum(1)).sqrt()
 
 
+class VotesAlone(Pruning):
+    """Without stage S: the most voted for of all."""
+
+    def choose(self, attention: Float[Tensor, "b h n n"], keys: Float[Tensor, "b h n d"],
+               prefix: int) -> Int[Tensor, "b m"]:
+        return self.best(self.importance(attention, prefix, self.iterations))
+
+    def best(self, scores: Float[Tensor, "b n"]) -> Int[Tensor, "b m"]:
+        """The tokens of the highest scores, in their order, as many as all stages would keep."""
+        return scores.topk(self.counts(scores.shape[1])[1], dim=1).indices.sort(dim=1).values
+
+
+class LikenessAlone(Pruning):
+    """Without stage I: S, again and again where more than half of the tokens are to go."""
+
+    def choose(self, attention: Float[Tensor, "b h n n"], keys: Float[Tensor, "b h n d"],
+               prefix: int) -> Int[Tensor, "b m"]:
+        n = attention.shape[-1] - prefix
+        wanted, kept = self.counts(n)[1], torch.arange(n, device=attention.device).expand(len(attention), n)
+        first = torch.arange(prefix, device=attention.device).expand(len(attention), prefix)
+        while kept.shape[1] > wanted:
+            m = kept.shape[1]
+            alone = Pruning(1.0, min(m - wanted, m // 2), 1, self.variance, self.uniform)
+            full = torch.cat((first, kept + prefix), dim=1)
+            graph = torch.stack([a[:, i][:, :, i] for a, i in zip(attention, full, strict=True)])
+            vectors = torch.stack([k[:, i] for k, i in zip(keys, full, strict=True)])
+            kept = kept.gather(1, alone.choose(graph / graph.sum(-1, keepdim=True), vectors, prefix))
+        return kept
+
+
+class ByClassToken(VotesAlone):
+    """Not the paper's: the tokens that the class token attends to most."""
+
+    def choose(self, attention: Float[Tensor, "b h n n"], keys: Float[Tensor, "b h n d"],
+               prefix: int) -> Int[Tensor, "b m"]:
+        if not prefix:
+            raise DoesNotFit("this model has no class token whose attention could choose (pool='mean')")
+        return self.best(attention[:, :, 0, prefix:].mean(1))
+
+
+class AtRandom(VotesAlone):
+    """Chance decides, anew in each call."""
+
+    def choose(self, attention: Float[Tensor, "b h n n"], keys: Float[Tensor, "b h n d"],
+               prefix: int) -> Int[Tensor, "b m"]:
+        return self.best(torch.rand_like(attention[:, 0, 0, prefix:]))
+
+
+CHOICES: dict[str, type[Pruning]] = {"graph": Pruning, "votes": VotesAlone, "likeness": LikenessAlone,
+                                     "class": ByClassToken, "random": AtRandom}
+
+
 def _take(x: Float[Tensor, "*b n c"], index: Int[Tensor, "*b m"]) -> Float[Tensor, "*b m c"]:
     """The tokens (the last axis but one) of each sample at `index`."""
     return x.gather(-2, index[..., None].expand(*index.shape, x.shape[-1]))
@@ -183,12 +235,15 @@ def _attention(layer: nn.Module) -> Attention | None:
 
 def zero_tprune(model: Model, *, layers: tuple[int, ...] | None = None, keep: float | tuple[float, ...] = 0.9,
                 similar: float | tuple[float, ...] = 0.05, iterations: tuple[int, int, int] = (30, 5, 1),
-                variance: tuple[float, float] = (0.01, 0.7), uniform: bool = False) -> int:
+                variance: tuple[float, float] = (0.01, 0.7), uniform: bool = False, by: str = "graph") -> int:
     """Prunes tokens after some layers; returns their number. A model that is pruned already is pruned anew.
 
     layers: counted from 1; None: where 1, 3, 6, 9 and 11 are of 12. keep, similar: one for all or one each, see Pruning.
-    iterations: of votes in the first quarter of the layers, between, and in the last quarter.
+    iterations: of votes in the first quarter of the layers, between, and in the last quarter. by: what chooses the tokens,
+    "graph", or one of the others of CHOICES, which keep as many: controls.
     """
+    if by not in CHOICES:
+        raise unknown("choice of zero_tprune", by, CHOICES)
     if not isinstance(model, Backbone) or type(model).encode is not Backbone.encode:
         return 0
     first, *others = model.stages
@@ -218,7 +273,7 @@ def zero_tprune(model: Model, *, layers: tuple[int, ...] | None = None, keep: fl
     for i, k, s in zip(layers, keeps, similars, strict=True):
         pieces.append(_stack(first, whole[start:i], resample))
         votes = iterations[0] if 4 * i <= depth else iterations[2] if 4 * i > 3 * depth else iterations[1]
-        start, resample = i, Pruning(k, s, votes, variance, uniform)
+        start, resample = i, CHOICES[by](k, s, votes, variance, uniform)
     model.stages = nn.ModuleList([*pieces, _stack(first, whole[start:], resample)])
     return len(layers)
 
