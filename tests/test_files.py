@@ -303,7 +303,7 @@ def refused(path, why, seconds=2.0):
     start = time.process_time()
     with pytest.raises(BadCheckpoint, match=why) as caught:
         read(path)
-    assert time.process_time() - start < 5 * seconds  # a hang, not a measurement
+    assert time.process_time() - start < seconds
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -589,7 +589,7 @@ def test_recipes_build_no_more_than_the_file_fills(recipe, tmp_path):
     start = time.process_time()
     with Largest() as largest, pytest.raises(FormariumError):
         fm.load(file)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 4
     assert largest.made < 2 ** 22
 
 

@@ -41,7 +41,7 @@ def in_time(seconds=3.0):
     try:
         yield
     finally:
-        assert time.process_time() - start < 5 * seconds  # a hang, not a measurement
+        assert time.process_time() - start < seconds
 
 
 def answers(path, **options):

@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,6 @@ from .transform import replay
 State = dict[str, Tensor]
 FORMAT = 1  # of our files: raised when an older version could not read what this one writes
 HIDDEN = 2 ** 30  # bytes of tables that a model may compute besides what files hold
-
-
 RANDOM = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
 
 
@@ -198,7 +196,8 @@ def fill(model: nn.Module, state: State, what: str) -> None:
 
 def _compare(own: Mapping[str, Tensor], state: State, what: str) -> None:
     """Raises if a tensor of `own` is missing in the state, or one there is unknown or of another shape."""
-    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own and not _is_copy(k, state, own)]
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own and copy_of(k, state, own) is None]
     shapes = [f"{k} is {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
               for k in own if k in state and state[k].shape != own[k].shape]
     if missing or extra or shapes:
@@ -207,7 +206,12 @@ def _compare(own: Mapping[str, Tensor], state: State, what: str) -> None:
         raise BadCheckpoint(f"{what} does not match the model it describes: {'. '.join(said)}")
 
 
-def _is_copy(name: str, state: State, own: Mapping[str, Tensor]) -> bool:
-    """Is this tensor, which the model has no place for, equal to one that it has? So files hold tied weights."""
+def copy_of(name: str, state: State, own: Container[str]) -> str | None:
+    """The tensor of the model that this one, for which it has no place, equals: so files hold tied weights."""
     tensor = state[name]
-    return any(k in own and t.shape == tensor.shape and t.equal(tensor) for k, t in state.items() if k != name)
+    return next((k for k, t in state.items() if k != name and k in own and same(t, tensor)), None)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Are the two equal? On the meta device, where nothing has a value: are they one and the same tensor?"""
+    return a is b or (not (a.is_meta or b.is_meta) and a.shape == b.shape and bool((a == b).all()))

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..core.build import create_model, resolve
-from ..core.checkpoint import NoStart
+from ..core.checkpoint import NoStart, copy_of
 from ..core.ctx import Place
 from ..core.errors import BadCheckpoint, FormariumError, unknown
 from ..core.registry import find
 from ..core.spec import Spec, option_names
 from ..core.transform import apply
-from .keys import Assumed, Converted, KeyMap, Options, State, defaults, keymap, rule, same
+from .keys import Assumed, Converted, KeyMap, Options, State, defaults, keymap, rule
 
 OWN = "formarium"
 SAME_NAMES = keymap(rule("*", "*"))
@@ -224,12 +224,6 @@ def misfit(found: Fit) -> BadCheckpoint | None:
             (("of another shape", shapes), ("missing", missing), ("unknown", extra)) if rows]
     what = f"{found.plan.name} in the layout {found.layout!r}"
     return BadCheckpoint(f"{what} does not match: {'. '.join(said)}") if said else None
-
-
-def copy_of(name: str, state: State, own: Container[str]) -> str | None:
-    """The tensor of the model that this one, for which it has no place, equals: so files hold tied weights."""
-    t = state[name]
-    return next((k for k, o in state.items() if k != name and k in own and o.shape == t.shape and same(o, t)), None)
 
 
 def _by_shapes(system: str, state: State) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.checkpoint import same
 from ..core.spec import Spec
 
 State = dict[str, Tensor]
@@ -31,11 +32,6 @@ Make = Callable[[Tensor, State, Options], Tensor | None]
 
 class Passed(Exception):
     """Raised by an Op: these tensors are not what its rule is for; later rules may take them."""
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Are the two equal? On the meta device, where nothing has a value: are they one and the same tensor?"""
-    return a is b or (not (a.is_meta or b.is_meta) and a.shape == b.shape and bool((a == b).all()))
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.build import from_recipe
-from ..core.checkpoint import NoStart, fill, read_recipe, restore
+from ..core.checkpoint import NoStart, copy_of, fill, read_recipe, restore
 from ..core.errors import BadCheckpoint, DoesNotFit, FormariumError, UnknownName
 from ..core.model import Model
 from .adapt import Row as Adapted
 from .adapt import adapt
 from .detect import Candidate, detect, no_match, of_system, rivals, under
 from .files import Contents, held, read
-from .fit import OWN, SAME_NAMES, UNTOLD, Fit, copy_of, fit, layouts_of, on_meta, outline, plan
+from .fit import OWN, SAME_NAMES, UNTOLD, Fit, fit, layouts_of, on_meta, outline, plan
 from .keys import State
 from .report import Report, trace
 

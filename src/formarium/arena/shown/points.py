@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from ..html import grid, model_name
 from ..plots import Found, Page
 from ..words import esc
+from .images import answers
 
 HEADING = "The same sets of points, seen by every model"
 ABOUT = ("The truth is under each set, the answer of each model below it, from its first run that finished. A wrong "
@@ -26,15 +26,6 @@ def cloud(points: Sequence[Sequence[float]], title: str) -> str:
 
 
 def draw(page: Page, found: Found) -> str:
-    lines = []
-    for i, model, s in found:
-        asked = [*zip(s["predicted"], s["truth"], s["confidence"], strict=True)]
-        cells = [f'<td class="guess{" miss" * (p != t)}" title="{esc(f"says {p}, is {t}, {c:.0%} sure")}">{"× " * (p != t)}'
-                 f'{esc(p)}<span class="sure"><i style="width:{c:.0%}"></i></span></td>' for p, t, c in asked]
-        right = sum(p == t for p, t, _ in asked)
-        lines.append([f"<td>{model_name(i, model)}</td>", *cells, f'<td class="soft">{right} of {len(asked)}</td>'])
     first = found[0][2]
-    heads = [f"<th>{cloud(points, truth)}<br>{esc(truth)}</th>"
-             for points, truth in zip(first["sets"], first["truth"], strict=True)]
-    table = grid("sample", ["<th>Truth</th>", *heads, "<th>Right</th>"], lines)
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    sets = zip(first["sets"], first["truth"], strict=True)
+    return answers(found, [f"{cloud(points, truth)}<br>" for points, truth in sets])
