@@ -56,16 +56,19 @@ def check_multiple(size: tuple[int, int], step: tuple[int, int], what: str) -> N
 class PatchEmbed(Resample):
     """Patches to tokens by one convolution (ViT, arXiv 2010.11929, Eq. 1), then class token, positions and norm.
 
+    registers: learned tokens after the class token: DeiT's distillation token, or those of Vision Transformers Need
+    Registers (arXiv 2309.16588). position_first: positions are the patches' alone, added before these tokens come.
     img_size: the size that the positions are made for; None: no table, any multiple of `patch`.
     pad: images that are no multiple get zeros to the right and below, instead of an error.
     stem: a network before it, e.g. the ResNet of a hybrid, built as stem(in_chans).
     """
 
-    undecayed = ("cls",)
+    undecayed = ("cls", "registers")
     adapts = ("in_chans", "patch")
 
     def __init__(self, in_chans: int, dim: int, *, patch: int | tuple[int, int] = 16,
                  img_size: int | Sequence[int] | None = None, class_token: bool = False,
+                 registers: int = 0, position_first: bool = False,
                  position: Spec[AbsolutePosition] = spec(NoPosition), norm: Spec[nn.Module] = spec(NoNorm),
                  pad: bool = False, stem: Spec[Stem] | None = None) -> None:
         super().__init__()
@@ -81,7 +84,9 @@ class PatchEmbed(Resample):
         self.proj = nn.Conv2d(channels, dim, self.patch, self.patch)
         self.norm = norm(dim)
         self.cls = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
-        prefix = int(class_token)
+        self.registers = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.position_first = position_first
+        prefix = 0 if position_first else int(class_token) + registers
         self.position = position.offer(grid=grid, prefix=prefix)(dim, prefix + (math.prod(grid) if grid else 0))
 
     def refit(self, name: str, tensor: Tensor | None, was: "PatchEmbed") -> Change | None:
@@ -89,10 +94,10 @@ class PatchEmbed(Resample):
 
     def forward(self, x: Float[Tensor, "b c h w"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
         x, ctx = self.tokens(x, ctx)
-        return self.position(x, ctx), ctx
+        return x if self.position_first else self.position(x, ctx), ctx
 
     def tokens(self, x: Float[Tensor, "b c h w"], ctx: Ctx) -> tuple[Float[Tensor, "b n c"], Ctx]:
-        """The tokens before their positions are added."""
+        """The tokens before their positions are added, unless that comes first."""
         check_images(x, self.in_chans)
         size = (x.shape[2], x.shape[3])
         if self.img_size is not None and size != self.img_size:
@@ -105,9 +110,12 @@ class PatchEmbed(Resample):
         x = self.proj(x if self.stem is None else self.stem(x))
         ctx = replace(ctx, grid=(x.shape[2], x.shape[3]))
         x = self.norm(to_tokens(x))
-        if self.cls is not None:
-            x = torch.cat((self.cls.expand(x.shape[0], -1, -1), x), dim=1)
-            ctx = replace(ctx, prefix=ctx.prefix + 1)
+        if self.position_first:
+            x = self.position(x, ctx)
+        before = [t.expand(x.shape[0], -1, -1) for t in (self.cls, self.registers) if t is not None]
+        if before:
+            ctx = replace(ctx, prefix=ctx.prefix + sum(t.shape[1] for t in before))
+            x = torch.cat((*before, x), dim=1)
         return x, ctx
 
 

@@ -11,6 +11,7 @@ from ..core.ctx import Ctx
 from ..core.errors import DoesNotFit
 from ..core.spec import Spec, spec
 from ..weights.adapt import Change, refit_map
+from .attend import attend
 
 PARTS = {
     "position": {"learned": "LearnedPosition", "rotary": "Rotary", "none": "NoPosition"},
@@ -49,6 +50,12 @@ class ScorePosition(nn.Module):
     def bias(self, n: int, m: int, ctx: Ctx) -> Float[Tensor, "b h n m"] | None:
         """Added to the scores of the last n of m tokens."""
         return None
+
+    def attend(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], ctx: Ctx, *,
+               causal: bool, window: int | None, scale: float | None) -> Float[Tensor, "b h n d"]:
+        """The heads' outputs. Defined anew by positions that depend on queries, keys or values, or multiply the scores."""
+        return attend(q, k, v, bias=self.bias(q.shape[2], k.shape[2], ctx), mask=ctx.mask, causal=causal, window=window,
+                      lengths=ctx.lengths, scale=scale)
 
 
 def seat(position: Spec[Any], mixer: Spec[Any]) -> tuple[Spec[Any], Spec[AbsolutePosition]]:

@@ -41,14 +41,15 @@ def start_residuals(model: nn.Module) -> None:
 class PreNorm(Residual):
     """x + scale * drop(inner(norm(x))). The drop rate grows linearly with depth, up to `drop_path`.
 
-    layer_scale: a learned factor a channel, started at this value (CaiT, arXiv 2103.17239).
+    even_drop: the same rate in every layer. layer_scale: a learned factor a channel, started at this value (CaiT, arXiv
+    2103.17239).
     """
 
     def __init__(self, dim: int, place: Place, inner: Part, *, norm: Spec[nn.Module] = spec(LayerNorm),
-                 drop_path: float = 0.0, layer_scale: float | None = None) -> None:
+                 drop_path: float = 0.0, even_drop: bool = False, layer_scale: float | None = None) -> None:
         super().__init__(dim, place, inner)
         self.norm = norm(dim)
-        self.rate = drop_path * place.layer / max(1, place.depth - 1)
+        self.rate = drop_path if even_drop else drop_path * place.layer / max(1, place.depth - 1)
         self.scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
 
     def branch(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:

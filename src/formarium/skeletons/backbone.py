@@ -117,6 +117,9 @@ class Backbone(Model):
         return self.encode(*self.embed(batch))[0]
 
     def forward(self, batch: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        x, ctx = self.encode(*self.embed(batch))
-        x = x[:, 0] if self.pool == "token" else x[:, ctx.prefix:].mean(1)
+        x = self.pooled(*self.encode(*self.embed(batch)))
         return self.head(self.norm(x) if self.pool_first else x)
+
+    def pooled(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b c"]:
+        """One vector of the last tokens, for the classifier."""
+        return x[:, 0] if self.pool == "token" else x[:, ctx.prefix:].mean(1)

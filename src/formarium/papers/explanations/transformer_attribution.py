@@ -27,7 +27,7 @@ from ...core.ctx import Ctx
 from ...core.errors import DoesNotFit
 from ...core.model import Model
 from ...core.part import Residual
-from ...parts.attention import Attention, join_heads, split_heads, watching
+from ...parts.attention import Attention, check_plain, join_heads, split_heads, watching
 from ...parts.channel import Mlp
 from ...parts.embed import PatchEmbed
 from ...parts.norm import LayerNorm
@@ -93,6 +93,11 @@ class Trace:
         if not isinstance(model, Backbone) or len(model.stages) != 1 or not isinstance(model.embedding, PatchEmbed):
             raise DoesNotFit(f"transformer_attribution explains plain ViTs, a stack of attention and MLP over patches; "
                              f"{type(model).__name__} is none")
+        if type(model).pooled is not Backbone.pooled or type(model).forward is not Backbone.forward:
+            raise DoesNotFit(f"there are no relevance rules for the classifier of {type(model).__name__}, only for a "
+                             "linear head on the class token or on the mean")
+        if model.embedding.position_first:
+            raise DoesNotFit("there are no relevance rules for positions that are added before the class token comes")
         self.images, self.maps, self.relevances, self.rules = images, list[Tensor](), dict[int, Tensor](), list[Rule]()
         self.embedding = model.embedding
         with torch.no_grad():
@@ -141,6 +146,9 @@ class Trace:
         return sublayer.norm(x + y) if post else x + y
 
     def _attention(self, part: Attention, x: Tensor) -> tuple[Tensor, Rule]:
+        check_plain(part)
+        if part.q_norm is not None or part.scale is not None:
+            raise DoesNotFit("there are no relevance rules for attention with qk_norm or a scale of its own")
         q0, k0, v = split_heads(part.qkv(x), 3, part.heads)
         q, k = (q0, k0) if part.position is None else part.position.rotate(q0, k0, self.ctx)
         bias = None if part.position is None else part.position.bias(q.shape[2], k.shape[2], self.ctx)

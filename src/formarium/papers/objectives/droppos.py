@@ -120,9 +120,9 @@ class DropPos(Objective):
                 and model.embedding.img_size is not None):
             raise DoesNotFit("droppos needs a plain ViT, one stage after a patch embedding; "
                              f"{type(model).__name__} is none")
-        if isinstance(model.embedding.position, NoPosition):
-            raise DoesNotFit("droppos drops positions that are added to the tokens, and here are none; build the model "
-                             "with position='learned'")
+        if isinstance(model.embedding.position, NoPosition) or model.embedding.position_first:
+            raise DoesNotFit("droppos drops positions that are added to the tokens, and here are none, or "
+                             "before the class token is put there; build the model with position='learned'")
         if not (0 <= ratio < 1 and 0 < pos_ratio <= 1 and sigma >= 0 and (tau is None or tau > 0)):
             raise DoesNotFit("expected 0 <= ratio < 1, 0 < pos_ratio <= 1, sigma >= 0 and tau > 0, got "
                              f"ratio={ratio}, pos_ratio={pos_ratio}, sigma={sigma}, tau={tau}")

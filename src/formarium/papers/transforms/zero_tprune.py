@@ -33,7 +33,7 @@ from ...core.errors import DoesNotFit, unknown
 from ...core.model import Model
 from ...core.part import Part, Resample, Residual
 from ...core.spec import spec
-from ...parts.attention import Attention, join_heads, split_heads
+from ...parts.attention import Attention, join_heads
 from ...parts.position import ScorePosition
 from ...parts.residual import PreNorm
 from ...skeletons.backbone import Backbone
@@ -72,10 +72,10 @@ class Observed(Part):
 
     def forward(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b n c"]:
         a = self.attention
-        q, k, v = split_heads(a.qkv(x), 3, a.heads)
+        q, k, v = a.project(x)
         if a.position is not None:
             q, k = a.position.rotate(q, k, ctx)
-        scores = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)
+        scores = (q * (q.shape[-1]**-0.5 if a.scale is None else a.scale)) @ k.transpose(-2, -1)
         if ctx.mask is not None:
             scores = scores.masked_fill(~ctx.mask, -math.inf)
         probabilities = scores.softmax(-1)
@@ -229,7 +229,8 @@ def _attention(layer: nn.Module) -> Attention | None:
     mixer = getattr(layer["mixer"], "inner", None) if "mixer" in layer else None
     mixer = mixer.attention if isinstance(mixer, Observed) else mixer
     fits = (type(mixer) is Attention and not mixer.causal and mixer.window is None and
-            (mixer.position is None or type(mixer.position).bias is ScorePosition.bias))
+            (mixer.position is None or (type(mixer.position).bias is ScorePosition.bias and
+                                        type(mixer.position).attend is ScorePosition.attend)))
     return mixer if fits else None
 
 
