@@ -18,8 +18,9 @@ pytest.importorskip("scipy")
 
 import formarium as fm
 from formarium.arena import replicate as lab
-from formarium.arena.replicate import changed, judged, read_results, replicate, sentence, sources, stale, summaries
+from formarium.arena.replicate import judged, replicate, sentence
 from formarium.arena.replication_page import Row, _place, markdown, page, write_replication
+from formarium.arena.results import changed, read_results, sources, stale, summaries
 from formarium.arena.study import Cell, Study, find_study, shortened, studies
 from formarium.arena.verdict import DOES_NOT_HOLD, HOLDS, INCONCLUSIVE, RULE, Decides, interval, judge
 from formarium.core.errors import BadData, DoesNotFit, FormariumError, UnknownName
@@ -456,7 +457,7 @@ def test_results_are_known_and_stale_ones_told(tiny, tmp_path, monkeypatch):
     (room / "results").mkdir(parents=True)
     (room / "tiny.py").write_text(TINY)
     (room / "other.py").write_text(TINY)
-    for module in (lab, sys.modules["formarium.arena.study"]):
+    for module in (sys.modules["formarium.arena.results"], sys.modules["formarium.arena.study"]):
         monkeypatch.setattr(module, "ROOM", room)
     monkeypatch.chdir(tmp_path)
     (room / "results" / "tiny.json").write_text(json.dumps(found.record))

@@ -109,7 +109,7 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
          module: Modules = []) -> None:  # noqa: B006
     """A system's card: what is new, published against measured parameters and MACs, how to use it."""
     _add(module)
-    from .arena.replicate import summaries
+    from .arena.results import summaries
     from .arena.words import human, known
     from .core.registry import METHODS, find, split_name
 
@@ -426,11 +426,12 @@ def replicate(
 ) -> None:
     """Does a paper's claim hold at this scale? Runs its study and gives the verdict; no name lists the studies."""
     _add(module)
-    from .arena import replicate as lab
+    from .arena.replicate import replicate as run_study
+    from .arena.results import changed as changed_studies
     from .arena.study import studies
     from .progress import Bars
 
-    why = lab.changed() if changed else {}
+    why = changed_studies() if changed else {}
     for name, reason in why.items():
         print(f"{name}: {reason}", file=sys.stderr)
     wanted = list(dict.fromkeys([*(names or ()), *(studies() if everything else ()), *why]))
@@ -441,7 +442,7 @@ def replicate(
     for name in wanted:
         try:
             with Bars(quiet=as_json) as bars:
-                found.append(lab.replicate(name, quick=quick, jobs=jobs, out=folder, watcher=bars))
+                found.append(run_study(name, quick=quick, jobs=jobs, out=folder, watcher=bars))
         except Stopped:
             raise
         except FormariumError as error:
@@ -465,7 +466,7 @@ def replicate(
 
 
 def _print_studies(as_json: bool) -> None:
-    from .arena.replicate import summaries
+    from .arena.results import summaries
 
     rows = summaries()
     if as_json:

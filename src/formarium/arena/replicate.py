@@ -5,41 +5,24 @@ hash of everything that its numbers come from: the same call goes on where it st
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import math
-import os
-import platform
-import queue
-import random
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BadData, DoesNotFit, FormariumError, UnknownName
-from ..core.registry import _CARD, PACKAGE, PART_KINDS, find, named_parts, systems
-from .study import ROOM, Arm, Cell, Seed, Study, find_study, studies, system_of
+from ..core.errors import DoesNotFit, FormariumError
+from ..core.registry import find
+from .jobs import Job, Record, Workers, full_disk, one_thread, processors, run_job
+from .results import RUNS, data_print, engine, machine, results_folders, sources, versions, write_record
+from .study import ROOM, Arm, Seed, Study, find_study
 from .verdict import INCONCLUSIVE, Decides, Verdict, judge
 
 CLOSE = 0.03  # by which parameters or MACs of matched arms may differ
-RUNS = Path("runs") / "replicate"
-FREE = 1 << 20  # bytes; less is a full disk
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-Job = dict[str, Any]
-Record = dict[str, Any]
 
 
 @dataclass
@@ -76,11 +59,6 @@ def replicate(name: str, *, quick: bool = False, jobs: int | None = None, out: s
     base = Path(out) if out else RUNS
     results = Path(out) if out else results_folders()[0] if path.parent == ROOM else RUNS / "results"
     return _Laboratory(study, path, False, jobs, base, results, watcher).do()
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Laboratory:
@@ -157,7 +135,6 @@ class _Laboratory:
 
     def _record(self, cells: list[Record], best: Mapping[str, float | None]) -> Record:
         from .. import __version__
-
 
         s, d = self.study, self.study.decides
         effects, verdict = judged(s, cells, best)
@@ -323,370 +300,6 @@ def val_better(study: Study) -> str:
     return study.decides.better
 
 
-# one job
-
-
-@cache
-def _loaded(path: str) -> Study:
-    return find_study(path)[0]
-
-
-def run_job(job: Job) -> Record:
-    """Does one job in its folder and gives its record; a finished one is read. What a user can mend raises."""
-    import numpy as np
-    import torch
-
-    from .config import read_json, write_json
-    from .train import Diverged
-
-    folder = Path(job["folder"])
-    file = folder / "cell.json"
-    about = {"arm": job["arm"], "lr": job["lr"], "seed": job["seed"]}
-    if file.exists():
-        return read_json(file)
-    study = _loaded(job["study"])
-    torch.manual_seed(job["seed"])
-    np.random.seed(job["seed"])
-    random.seed(job["seed"])
-    begun, worked, values, reason, status = time.perf_counter(), time.process_time(), {}, "", "done"
-    with full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            if job["kind"] == "prepare":
-                assert study.prepare is not None
-                study.prepare(Seed(study, job["seed"], folder, job["quick"]))
-            else:
-                prepared = Path(job["prepared"]) if job["prepared"] else None
-                arm = job["arm"]
-                cell = Cell(study, job["seed"], folder, job["quick"], arm, study.arms[arm], job["lr"], prepared)
-                values, status, reason = _numbers(study, study.measure(cell))
-        except Diverged as error:
-            status, reason = "diverged", str(error)
-        except Exception as error:
-            if _is_full(error, folder):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            if not isinstance(error, RuntimeError | ArithmeticError | MemoryError):
-                raise  # a mistake in the study, or one that a user can mend
-            status, reason = "failed", (str(error).splitlines() or [type(error).__name__])[0]
-        if status != "done" and job["kind"] == "prepare":
-            raise FormariumError(f"the study {study.name} cannot be prepared for seed {job['seed']}: {reason}")
-        found = about | {"status": status, "reason": reason, "values": values,
-                         "seconds": round(time.perf_counter() - begun, 3),
-                         "cpu_seconds": round(time.process_time() - worked, 3)}
-        write_json(file, found)
-    return found
-
-
-def _numbers(study: Study, found: Mapping[str, float]) -> tuple[dict[str, float], str, str]:
-    """What was measured, checked: the deciding number is there, and so is "val" where it chooses; all that is finite."""
-    needed = [study.decides.number, *["val"] * (len(study.lrs) > 1)]
-    for name in needed:
-        if name not in found:
-            raise FormariumError(f"the study {study.name} measures {', '.join(found)}, but no {name!r}, which "
-                                 f"{'chooses the rate' if name == 'val' else 'decides'}")
-    values = {k: float(v) for k, v in found.items()}
-    lost = [k for k in needed if not math.isfinite(values[k])]
-    kept = {k: v for k, v in values.items() if math.isfinite(v)}
-    return (kept, "diverged", f"{lost[0]} is {values[lost[0]]}") if lost else (kept, "done", "")
-
-
-@contextlib.contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """Within, a file that cannot be written is an error that a user can mend, since what is finished stays."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise FormariumError(f"{folder} cannot be written ({error.strerror or error}). Finished runs are kept"
-                             f"{'; make room on the disk' if full else ''}, and the same command goes on") from error
-
-
-def _is_full(error: BaseException, folder: Path) -> bool:
-    return "No space left" in str(error) or shutil.disk_usage(folder).free < FREE
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-# several jobs side by side
-
-
-class Workers:
-    """Processes with one thread each that do jobs, which come and go as lines of JSON. They end when their input does."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.idle = count, queue.SimpleQueue[subprocess.Popen[str]]()
-
-    def __enter__(self) -> "Workers":
-        alone = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        self.all: list[subprocess.Popen[str]] = []
-        modules = json.dumps([str(e.path) for e in systems().values() if e.module_name.startswith("formarium_user.")])
-        for _ in range(self.count):
-            self.all.append(subprocess.Popen([sys.executable, "-m", __name__, modules], stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE, text=True, env=os.environ | alone))
-            self.idle.put(self.all[-1])
-        return self
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        if kind is KeyboardInterrupt:  # they have heard it too and save their states
-            deadline = time.monotonic() + 10
-            while any(w.poll() is None for w in self.all) and time.monotonic() < deadline:
-                time.sleep(0.05)
-        for worker in self.all:
-            assert worker.stdin is not None
-            with contextlib.suppress(OSError):
-                worker.stdin.close()
-        for worker in self.all:
-            worker.wait()
-            assert worker.stdout is not None
-            worker.stdout.close()
-
-    def do(self, jobs: Sequence[Job], told: Callable[[Job, Record], Record]) -> list[Record]:
-        lock, stop = threading.Lock(), threading.Event()
-
-        def one(job: Job) -> Record | None:
-            if stop.is_set():
-                return None
-            worker = self.idle.get()
-            try:
-                found = self._ask(worker, job)
-            except BaseException:
-                stop.set()  # what is not begun stays undone
-                raise
-            finally:
-                self.idle.put(worker)
-            with lock:
-                return told(job, found)
-
-        pool = ThreadPoolExecutor(self.count)
-        try:
-            waiting = [pool.submit(one, job) for job in jobs]
-            return [r for r in (f.result() for f in waiting) if r is not None]
-        finally:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    @staticmethod
-    def _ask(worker: "subprocess.Popen[str]", job: Job) -> Record:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        where = f"study {job['name']}, arm {job['arm']!r}, seed {job['seed']}"
-        try:
-            worker.stdin.write(json.dumps(job) + "\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise FormariumError(f"{where}: the process that ran it ended (status {worker.poll()}), perhaps for want of "
-                                 "memory. Finished runs are kept; try again with --jobs 1")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise FormariumError(answer["error"]) if answer["mendable"] else RuntimeError(f"{where}\n{answer['error']}")
-        return answer["found"]
-
-
-def _work() -> None:
-    """The life of a worker: jobs come on the standard input, answers leave on the standard output."""
-    from ..core.registry import add_module
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a study prints must not stand among the answers
-    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            jobs.put(line)
-        os._exit(1)  # who asked is gone
-
-    threading.Thread(target=listen, daemon=True).start()
-    for path in json.loads(sys.argv[1]):
-        add_module(path)
-    with one_thread():
-        while True:
-            try:
-                answer: dict[str, Any] = {"found": run_job(json.loads(jobs.get()))}
-            except FormariumError as error:
-                answer = {"error": str(error), "mendable": True}
-            except KeyboardInterrupt:
-                os._exit(130)  # the listener waits for input, and a usual end would wait for it
-            except Exception:
-                answer = {"error": traceback.format_exc(), "mendable": False}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
-
-
-# where the numbers come from
-
-
-def _essence(path: Path) -> str:
-    """The text of a Python file without its card, its docstring, comments that fill a line, and empty lines."""
-    text = _CARD.sub("", path.read_text(encoding="utf-8"))
-    text = re.sub(r'\A\s*(""".*?"""|"[^"\n]*")', "", text, flags=re.DOTALL)
-    lines = (line.rstrip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line and not line.lstrip().startswith("#"))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _label(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix() if path.is_relative_to(PACKAGE) else path.name
-
-
-def files_of(study: Study) -> list[Path]:
-    """The files of the systems and parts that a study names, and of the papers that those import."""
-    words = {study.system}
-    for model in study.arms.values():
-        if isinstance(model, str):
-            words |= set(re.findall(r"[A-Za-z_]\w*", model))
-    parts = {name: module for kind in PART_KINDS for name, (module, _) in named_parts()[kind].items()}
-    queue = [e.path for name, e in systems().items() if name in words]
-    queue += [PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py") for name, module in parts.items()
-              if name in words and name not in systems()]
-    found: dict[Path, None] = {}
-    while queue:
-        path = queue.pop()
-        if path in found:
-            continue
-        found[path] = None
-        for dots, module in re.findall(r"^from (\.+)([\w.]+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
-            other = path.parents[len(dots) - 1].joinpath(*module.split(".")).with_suffix(".py")
-            if other.is_relative_to(PACKAGE / "papers") and other.is_file():
-                queue.append(other)
-    return sorted(found)
-
-
-def sources(study: Study, path: Path) -> dict[str, str]:
-    """What a result depends on, file by file: name -> hash. Comments, docstrings and cards do not count."""
-    return {_label(p): _digest(_essence(p)) for p in (path, *files_of(study))}
-
-
-def data_print(study: Study) -> str:
-    """A hash of the data of all tasks of a study: what they say of it, sizes among that, and a batch of it."""
-    from torch.utils._pytree import tree_leaves
-
-    digest, bench = hashlib.sha256(), Seed(study, 0, Path())
-    for make in ([] if study.task is None else [None]) + list(study.data):
-        task = bench.get_task(make)
-        digest.update(json.dumps([task.name, vars(task.info)], sort_keys=True).encode())
-        for leaf in tree_leaves(task.train_batch(0, 0, 4)):
-            digest.update(leaf.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def engine() -> str:
-    """A hash of all that trains and measures: finished runs of another one are not taken up again."""
-    rooms = [p for room in ("core", "parts", "skeletons", "data", "tasks") for p in sorted((PACKAGE / room).rglob("*.py"))]
-    mine = [Path(__file__).with_name(f"{name}.py") for name in ("study", "train", "config", "pretrain", "initial")]
-    return _digest("\n".join(_essence(p) for p in (*rooms, *mine)))
-
-
-def stale(record: Record, *, data: bool = False) -> str:
-    """What has changed since the result was found, in words; "" where nothing has. data: look at the data too, which
-    reads it; where it cannot be had nothing is said of it."""
-    try:
-        study, path = find_study(record["study"])
-    except UnknownName:
-        return "the study is gone"
-    except Exception as error:  # a file in the making must not hide the results of others
-        return f"the study cannot be read: {error}"
-    try:
-        now = sources(study, path)
-        if data:
-            now["data"] = data_print(study)
-    except BadData:
-        pass
-    except FormariumError as error:
-        return str(error)
-    then = {k: v for k, v in record["hashes"].items() if k != "data" or "data" in now}
-    changed = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
-    return f"changed since: {', '.join(changed)}" if changed else ""
-
-
-# results
-
-
-def results_folders() -> list[Path]:
-    """Where results are written, and then everywhere that they are read: with the package, or in runs/replicate."""
-    inside = ROOM / "results"
-    own = RUNS / "results"
-    return [inside, own] if os.access(inside if inside.is_dir() else ROOM, os.W_OK) else [own, inside]
-
-
-def read_results() -> dict[str, Record]:
-    """The results of all studies, by name; of two of the same study the later."""
-    found: dict[str, Record] = {}
-    for folder in results_folders():
-        for file in sorted(folder.glob("*.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if file.stem not in found or record["date"] > found[file.stem]["date"]:
-                found[file.stem] = record
-    return dict(sorted(found.items()))
-
-
-def summaries(system: str = "") -> list[dict[str, str]]:
-    """A row a study (of one system): study, system, verdict, stale or not, and what came out in words."""
-    results, rows = read_results(), []
-    for name in sorted({*studies(), *results}):
-        record = results.get(name)
-        of = record["system"] if record else system_of(studies()[name])
-        if system not in ("", of):
-            continue
-        if record is None:
-            rows.append({"study": name, "system": of, "verdict": "not run", "what": f"formarium replicate {name}"})
-            continue
-        old = stale(record)
-        said = f"{record['sentence']} Published: {record['published']}"
-        rows.append({"study": name, "system": of, "verdict": record["verdict"] + ", STALE" * bool(old),
-                     "what": f"{said} ({old})" if old else said})
-    return rows
-
-
-def changed() -> dict[str, str]:
-    """The studies of the package that have no result or a stale one -> why."""
-    results = read_results()
-    why = {name: stale(results[name], data=True) if name in results else "was never run" for name in studies()}
-    return {name: reason for name, reason in why.items() if reason}
-
-
-def write_record(file: Path, record: Record) -> None:
-    from .config import write_json
-
-    write_json(file, record)
-
-
-def versions() -> dict[str, str]:
-    import numpy
-    import torch
-
-    return {"torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()}
-
-
-def machine() -> str:
-    """The machine in words."""
-    import torch
-
-    from .machine import describe_machine
-
-    told = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device = "" if told["device"] == "cpu" else f", {told['device']}"
-    return f"{told['cpu']}{device}, {processors()} processors, one thread a run, {platform.system()}"
-
-
 def _said(model: Arm) -> str:
     return model if isinstance(model, str) else f"{getattr(model, '__name__', 'a model')} of the study's file"
 
@@ -695,7 +308,3 @@ def _slug(text: str) -> str:
     from .train import slug
 
     return slug(text)
-
-
-if __name__ == "__main__":
-    _work()

@@ -13,7 +13,8 @@ from .. import __version__
 from ..core.checkpoint import write_atomically
 from ..core.registry import PACKAGE
 from .html import cell, grid
-from .replicate import RUNS, per_seed, read_results, shown_effect, shown_number, stale
+from .replicate import per_seed, shown_effect, shown_number
+from .results import RUNS, read_results, stale
 from .study import find_study, studies
 from .verdict import DOES_NOT_HOLD, HOLDS, INCONCLUSIVE, RULE, Decides
 from .words import called, duration, esc, human, known
