@@ -28,6 +28,15 @@ VIT = {"tiny": "tiny_patch16", "small": "small_patch16", "small_p32": "small_pat
        "huge_p14": "huge_patch14", "giant_p14": "giant_patch14", "r_tiny_p8": "tiny_r_s16_p8", "r26_small": "small_r26_s32",
        "r50_base": "base_r50_s16", "r50_large": "large_r50_s32"}
 ONE_SIZE = {"base_p8", "huge_p14", "giant_p14"}
+CAIT = ("xxs24_224", "xxs24_384", "xxs36_224", "xxs36_384", "xs24_384", "s24_224", "s24_384", "s36_384", "m36_384",
+        "m48_448")
+CROSSVIT = {"tiny": "tiny_240", "small": "small_240", "base": "base_240", "9": "9_240", "9_dagger": "9_dagger_240",
+            "15": "15_240", "15_dagger": "15_dagger_240", "15_dagger_384": "15_dagger_408", "18": "18_240",
+            "18_dagger": "18_dagger_240", "18_dagger_384": "18_dagger_408"}
+TNT = {"small": "s", "base": "b", "small_legacy": "s_legacy"}
+PIT = {"tiny": "ti", "xs": "xs", "small": "s", "base": "b"}
+DEIT = {"tiny": "tiny_distilled_patch16_224", "small": "small_distilled_patch16_224", "base": "base_distilled_patch16_224",
+        "base_384": "base_distilled_patch16_384"}
 SWIN = {"tiny": "tiny", "small": "small", "base": "base", "large": "large"}
 OURS = {  # timm's name -> preset, changes
     **{f"vit_{theirs}_224": (f"vit/{ours}", {}) for ours, theirs in VIT.items()},
@@ -35,8 +44,21 @@ OURS = {  # timm's name -> preset, changes
     **{f"swin_{theirs}_patch4_window7_224": (f"swin/{ours}", {}) for ours, theirs in SWIN.items()},
     **{f"swin_{size}_patch4_window12_384": (f"swin/{size}_384", {}) for size in ("base", "large")},
     **{f"poolformer_{size}": (f"poolformer/{size}", {"pool_first": True}) for size in ("s12", "s24", "s36", "m36", "m48")},
+    **{f"cait_{size}": (f"cait/{size.removesuffix('_224')}", {}) for size in CAIT[:-1]},
+    "cait_m48_448": ("cait/m48_448", {}),
+    **{f"tnt_{theirs}_patch16_224": (f"tnt/{ours}", {}) for ours, theirs in TNT.items()},
+    **{f"crossvit_{theirs}": (f"crossvit/{ours}", {}) for ours, theirs in CROSSVIT.items()},
+    **{f"pit_{theirs}_224": (f"pit/{ours}", {}) for ours, theirs in PIT.items()},
+    **{f"pit_{theirs}_distilled_224": (f"pit/{ours}_distilled", {}) for ours, theirs in PIT.items()},
+    **{f"deit_{theirs}": (f"deit/{ours.replace('_384', '')}_distilled{'_384' if '_384' in ours else ''}", {})
+       for ours, theirs in DEIT.items()},
+    **{f"deit3_{size}_patch16_224": (f"deit/iii_{size}", {}) for size in ("small", "medium", "base", "large")},
+    **{f"deit3_{size}_patch16_384": (f"deit/iii_{size}_384", {}) for size in ("small", "base", "large")},
+    "deit3_huge_patch14_224": ("deit/iii_huge_p14", {}),
 }
-READ = ("vit_tiny_patch16_224", HYBRID, "swin_tiny_patch4_window7_224", "poolformer_s12")
+READ = ("vit_tiny_patch16_224", HYBRID, "swin_tiny_patch4_window7_224", "poolformer_s12", "cait_xxs24_224",
+        "tnt_s_patch16_224", "tnt_s_legacy_patch16_224", "crossvit_9_dagger_240", "crossvit_tiny_240", "pit_ti_224",
+        "pit_ti_distilled_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224")
 
 
 def in_their_names(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import formarium as fm
 from formarium.arena.compare import _Job, compare, differences, paired_interval, verdict_of
 from formarium.arena.config import CompareConfig, RunConfig
 from formarium.arena.measure import peak_memory, speeds
 from formarium.arena.train import SAVE_EVERY, Diverged, Run, build_for, rate_at, slug, train
+from formarium.cli import app
 from formarium.core.errors import DoesNotFit, FormariumError, UnknownName
 from formarium.tasks.registry import get_task
 
@@ -454,6 +456,53 @@ def test_what_a_user_gets_wrong_is_one_clear_line(tmp_path, arguments, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("command", "file"), [
+    (["train", VIT], "run.json"), (["compare", VIT], "compare.json"),
+    (["pretrain", VIT, "droppos(decoder_dim=16,decoder_heads=2,decoder_depth=1)"], "run.json"),
+])
+def test_any_field_of_the_recipe_on_the_command_line(tmp_path, command, file):
+    fields = {"schedule": "rsqrt", "cooldown": 0.5, "ema": 0.9, "repeats": 2, "mixup": 0.4, "head_weight_decay": 0.1}
+    given = [word for name, value in fields.items() for word in ("--set", f"{name}={str(value).lower()}")]
+    found = CliRunner().invoke(app, [*command, "--task", "digits", "--steps", "2", "--batch-size", "8", *given,
+                                     "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    config = json.loads((tmp_path / "out" / file).read_text())["config"]
+    assert fields.items() <= config.items()
+
+
+def test_a_recipe_by_name_and_a_field_of_it(tmp_path):
+    asked = ["train", VIT, "--task", "digits", "--steps", "1", "--recipe", "deit", "--set", "ema=0.5", "--set",
+             "cutmix=none"]
+    assert CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "out")]).exit_code == 0
+    config = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
+    assert (config["ema"], config["cutmix"], config["mixup"]) == (0.5, None, 0.8)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (["smothing=0.1"], "unknown field of the recipe 'smothing'; did you mean smoothing"),
+    (["ema=2"], "ema: Input should be less than 1, got '2'"),
+    (["mixup=nan"], "mixup: Input should be a finite number, got 'nan'"),
+    (["repeats=2.5"], "repeats: Input should be a valid integer"),
+    (["schedule=cosin"], "schedule: Input should be 'cosine' or 'rsqrt', got 'cosin'"),
+    (["ema"], "as ema=VALUE; got ema"),
+    (["ema=0.5", "ema=0.6"], "once, as ema=VALUE; got ema=0.5, ema=0.6"),
+    (["batch_size=4"], "batch_size has an option of its own: --batch-size"),
+    (["model=vit/nano"], "unknown field of the recipe 'model'"),
+])
+def test_wrong_fields_of_the_recipe(tmp_path, given, words):
+    given = [word for text in given for word in ("--set", text)]
+    for command in (["train", VIT], ["compare", VIT], ["pretrain", VIT, "droppos"]):
+        found = CliRunner().invoke(app, [*command, "--task", "digits", *given, "--out", str(tmp_path / "out")])
+        assert isinstance(found.exception, FormariumError)
+        assert words in str(found.exception)
+        assert not (tmp_path / "out").exists()
+
+
+def test_settings_in_python_suggest_the_nearest(tmp_path):
+    with pytest.raises(UnknownName, match="unknown setting 'warmpu'; did you mean warmup"):
+        train(VIT, "digits", out=tmp_path / "out", warmpu=0.2)
+
+
 def test_ctrl_c_on_the_command_line_keeps_the_state(tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "formarium.cli", "train", VIT, "--task", "digits", "--steps",
                                 "100000", "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
@@ -478,6 +527,20 @@ def test_a_users_own_file_trains(tmp_path):
                      "--batch-size", "2", "--module", "my_mixer.py", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "bits per byte" in done.stdout
+
+
+def test_the_measures_of_the_readme():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    lines = text.split("## Measures\n\n```python\n")[1].split("```")[0].splitlines()
+    names = {"fm": fm}
+    exec(lines[0], names)
+    uncertain, cosine, compute, best = (eval(line, names) for line in lines[1:])
+    assert uncertain.keys() == {"accuracy", "nll", "ece", "auroc", "aupr"}
+    assert len(cosine) == 5
+    assert compute > 1e15
+    assert (best.genome, best.costs) == ((48, 8), (18432,))
+    assert fm.frontier([(1, 0.5), (2, 0.6), (3, 0.4)]) == [(1, 0.5), (3, 0.4)]
+    assert (512, 27, 8) in fm.iso_parameter(768, 12, 12)
 
 
 def test_folder_names_are_safe():

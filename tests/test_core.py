@@ -311,6 +311,19 @@ def test_count_macs():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_macs_are_those_of_evaluation():
+    """SNNet takes another route at each step of training; the mode is left as it was, module by module."""
+    model = fm.create_model("snnet_v2/nano")
+    model.anchors[0].eval()
+    before = [m.training for m in model.modules()]
+    counts = {count_macs(model, model.example(1)) for _ in range(8)}
+    assert counts == {count_macs(model.eval(), model.example(1))}
+    model.train()
+    model.anchors[0].eval()
+    count_macs(model, model.example(1))
+    assert [m.training for m in model.modules()] == before
+
+
 # key maps
 
 def test_rules():
@@ -496,7 +509,7 @@ def test_foreign_files_need_the_right_name(vit_state, tmp_path):
     for source in (state, tmp_path / "a.safetensors"):
         with pytest.raises(BadCheckpoint, match=r"not a checkpoint of swin: .* tensors have no place"):
             load(source, "swin")
-    with pytest.raises(BadCheckpoint, match="vit has no layout 'jax'; there are: timm, authors"):
+    with pytest.raises(BadCheckpoint, match="vit has no layout 'jax'; there are: timm, timm_gap, authors"):
         load(state, "vit", layout="jax")
     with pytest.raises(UnknownName, match="unknown option of ViT 'hedas'; did you mean heads"):
         load(state, "vit", hedas=4)

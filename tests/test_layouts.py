@@ -193,7 +193,8 @@ def test_values_survive(system, layout):
 # names of the references
 
 GOLDEN = {path.name.removesuffix(".json.gz"): path for path in sorted(Path(__file__).with_name("golden").glob("*.gz"))}
-NO_LAYOUT = {"deltanet__ops_h4_l128", "denseformer__dwa_n7_dil2_period1", "llm_int8__matmul8bit_thr6_d96",
+NO_LAYOUT = {"deltanet__ops_h4_l128", "denseformer__dwa_n7_dil2_period1", "gmm_mask__gmm_layer",
+             "llm_int8__matmul8bit_thr6_d96",
              "transformer_attribution__vit_96_d192_l4_class3"}  # functions, and a model of another paper
 OTHERWISE = {  # names that are read, and written with other values or not at all
     "embed_positions.weight": "its first two rows, of padding, are used by none",

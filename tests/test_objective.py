@@ -259,3 +259,13 @@ def test_command_line(tmp_path):
     assert "new: head.weight, head.bias" in tuned.output
     told = run.invoke(app, ["show", "droppos/nano"])
     assert "fm.pretrain('vit/nano', 'droppos', task=...)" in told.output
+
+
+def test_a_moving_average_is_judged(tmp_path):
+    """It is what is saved: one that forgets at once is the model itself, one that remembers is another."""
+    def loss(name, **ema):
+        return fm.pretrain("vit/nano:depth=1", "droppos(decoder_depth=1)", "digits", steps=3, batch_size=4, evaluations=1,
+                           out=tmp_path / name, **ema)["val"]["loss"]
+
+    assert loss("at_once", ema=0.0) == loss("none")
+    assert loss("slowly", ema=0.5) != loss("none")

@@ -25,6 +25,9 @@ _PUBLIC = {
     "FormariumError": "core.errors",
     "compare": "arena.compare", "train": "arena.train", "pretrain": "arena.pretrain",
     "replicate": "arena.replicate",
+    "uncertainty": "arena.calibration", "fit_scaling_law": "arena.scaling", "frontier": "arena.scaling",
+    "smoothness": "papers.objectives.bamboo", "iso_parameter": "papers.objectives.bamboo",
+    "search": "papers.backbones.vit_resnas",
     "list_tasks": "tasks.registry", "get_task": "tasks.registry",
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .core.errors import FormariumError, Stopped
+from .core.errors import FormariumError, Stopped, unknown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,10 @@ Steps = Annotated[int | None, typer.Option(help="Budget: optimiser steps of a ru
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the results; the same call resumes it.")]
 Init = Annotated[Path | None, typer.Option("--init", help="Start from this file's weights; the head is new.")]
 Seconds = Annotated[float | None, typer.Option(help="Budget: seconds of training of a run.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A published way to train, by name: deit.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
+                                               help="A field of the recipe without an option here: ema=0.999, "
+                                                    "schedule=rsqrt, mixup=0.8, drop_path=0.1; may be repeated.")]
 Flops = Annotated[float | None, typer.Option(help="Budget: floating point operations of a run.")]
 
 
@@ -176,8 +180,21 @@ def _measured(name: str, published: tuple[int, ...] | None) -> dict[str, Any]:
     return {"params": count_parameters(model), "macs": count_macs(model, example), "input": shape}
 
 
-def _recipe(**given: Any) -> dict[str, Any]:
-    return {k: v for k, v in given.items() if v is not None}
+def _recipe(settings: list[str] | None, **given: Any) -> dict[str, Any]:
+    """What the options of a command gave, and its settings, NAME=VALUE: other fields of the recipe."""
+    from .arena.config import Recipe
+
+    found: dict[str, Any] = {}
+    for text in settings or ():
+        name, _, value = (s.strip() for s in text.partition("="))
+        if name in given:
+            raise FormariumError(f"{name} has an option of its own: --{name.replace('_', '-')}")
+        if name not in Recipe.model_fields:
+            raise unknown("field of the recipe", name, Recipe.model_fields.keys() - given)
+        if not value or name in found:
+            raise FormariumError(f"--set takes each field once, as {name}=VALUE; got {', '.join(settings or ())}")
+        found[name] = None if value == "none" else value
+    return found | {k: v for k, v in given.items() if v is not None}
 
 
 @app.command()
@@ -190,6 +207,8 @@ def compare(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     lr: Annotated[list[float] | None, typer.Option(help="Of several, each model keeps its best.")] = None,
     batch_size: Annotated[int, typer.Option()] = 64,
+    recipe: RecipeName = None,
+    settings: Set = None,
     folder: Out = None,
     as_json: Json = False,
     module: Modules = [],  # noqa: B006
@@ -200,8 +219,9 @@ def compare(
     from .progress import Bars
 
     with Bars(quiet=as_json) as bars:
-        found = arena.compare(models, task, seeds=seeds, lrs=lr or None, out=folder, watcher=bars, batch_size=batch_size,
-                              **_recipe(steps=steps, seconds=seconds, flops=flops))
+        found = arena.compare(models, task, seeds=seeds, lrs=lr or None, out=folder, watcher=bars,
+                              **_recipe(settings, steps=steps, seconds=seconds, flops=flops, batch_size=batch_size,
+                                        recipe=recipe))
     if as_json:
         print(json.dumps({"rows": found.rows, "verdict": found.verdict, "report": str(found.report)}, indent=1))
         return
@@ -258,6 +278,9 @@ def train(
     grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
     compiled: Annotated[bool, typer.Option("--compile")] = False,
     init: Init = None,
+    recipe: RecipeName = None,
+    settings: Set = None,
+    objective: Annotated[str | None, typer.Option(help="A loss with labels, e.g. 'deit(teacher=t.safetensors)'")] = None,
     folder: Out = None,
     as_json: Json = False,
     module: Modules = [],  # noqa: B006
@@ -270,9 +293,11 @@ def train(
     with Bars(quiet=as_json) as bars:
         bars.plan(1)
         bars.begin(model, lr, seed)
-        found = arena.train(model, task, out=folder, watch=bars.step, lr=lr, seed=seed, batch_size=batch_size,
-                            weight_decay=weight_decay, precision=precision, grad_checkpointing=grad_checkpointing,
-                            compile=compiled, **_recipe(steps=steps, seconds=seconds, flops=flops, init=init))
+        found = arena.train(model, task, out=folder, watch=bars.step,
+                            **_recipe(settings, steps=steps, seconds=seconds, flops=flops, lr=lr, seed=seed,
+                                      batch_size=batch_size, weight_decay=weight_decay, precision=precision, init=init,
+                                      grad_checkpointing=grad_checkpointing, compile=compiled, recipe=recipe,
+                                      objective=objective))
     if as_json:
         print(json.dumps({k: v for k, v in found.items() if k != "shown"}, indent=1))
         return
@@ -388,11 +413,12 @@ def pretrain(
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
     init: Init = None,
+    settings: Set = None,
     folder: Out = None,
     as_json: Json = False,
     module: Modules = [],  # noqa: B006
 ) -> None:
-    """Pretrain a model under an objective, without labels; `train --init` goes on from the encoder that it leaves."""
+    """Pretrain a model under an objective, most without labels; `train --init` goes on from the encoder that it leaves."""
     _add(module)
     from .arena.pretrain import pretrain as run
     from .progress import Bars
@@ -400,9 +426,10 @@ def pretrain(
     with Bars(quiet=as_json) as bars:
         bars.plan(1)
         bars.begin(f"{model} {objective}", lr, seed)
-        found = run(model, objective, task, out=folder, watch=bars.step, lr=lr, seed=seed, batch_size=batch_size,
-                    weight_decay=weight_decay, precision=precision, grad_checkpointing=grad_checkpointing,
-                    **_recipe(steps=steps, seconds=seconds, flops=flops, init=init))
+        found = run(model, objective, task, out=folder, watch=bars.step,
+                    **_recipe(settings, steps=steps, seconds=seconds, flops=flops, lr=lr, seed=seed, batch_size=batch_size,
+                              weight_decay=weight_decay, precision=precision, grad_checkpointing=grad_checkpointing,
+                              init=init))
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -91,10 +91,13 @@ def features(case):
 def forward_features(case):
     model = case.build().eval()
     batch = model.example(2)
-    tokens, ctx = model.forward_features(batch), model.embed(batch)[1]
-    pooled = tokens[:, 0] if model.pool == "token" else tokens[:, ctx.prefix:].mean(1)
+    tokens, ctx = model.forward_features(batch), model.encode(*model.embed(batch))[1]
+    if type(model).pooled is Backbone.pooled:
+        pooled = tokens[:, 0] if model.pool == "token" else tokens[:, ctx.prefix:].mean(1)
+    else:
+        pooled = model.pooled(tokens, ctx)
     assert_close(model.head(model.norm(pooled) if model.pool_first else pooled), answer(model, batch))
-    final = to_map(tokens, model.encode(*model.embed(batch))[1].need_grid(model, prefix=True), ctx.prefix)
+    final = to_map(tokens, ctx.need_grid(model, prefix=True), ctx.prefix)
     assert final.shape[1] == model.num_features == model.feature_info[-1].channels
 
 

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from formarium.arena.explanations import explain
 from formarium.core.build import create_model
+from formarium.core.errors import DoesNotFit
 from formarium.papers.explanations import transformer_attribution as paper
 from formarium.parts.attention import Attention, Seen
 from formarium.weights.load import load
@@ -108,3 +109,12 @@ def test_full_keeps_the_sum_of_the_patches():
     pixels = paper.full(model, images, torch.tensor([1, 2]))
     assert pixels.shape == (2, 28, 28)
     assert pixels.isfinite().all()
+
+
+def test_refuses_what_is_no_plain_vit():
+    """Poolings between layers are not in the pass that is written out."""
+    model = create_model("hvt/nano")
+    with pytest.raises(DoesNotFit, match="explains plain ViTs"):
+        paper.Trace(model, model.example(1))
+    with pytest.raises(DoesNotFit, match="is shown of plain ViTs"):
+        paper.attention_maps(model, model.example(1), [0])

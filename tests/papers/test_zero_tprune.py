@@ -261,7 +261,7 @@ def test_depths():
 
 
 @pytest.mark.parametrize("name", ["swin/nano", "poolformer/nano", "gpt/nano", "vit/nano:residual=denseformer",
-                                  "vit/nano:mixer=attention(window=3)", "vit/nano:mixer=cosformer"])
+                                  "vit/nano:mixer=attention(window=3)", "vit/nano:mixer=cosformer", "hvt/nano"])
 def test_does_not_fit(name):
     with pytest.raises(DoesNotFit, match=r"finds nothing to change in this .*: it looks for a plain ViT"):
         apply(create_model(name), "zero_tprune")

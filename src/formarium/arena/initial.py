@@ -15,7 +15,7 @@ from ..weights.files import read
 from ..weights.keys import State
 from ..weights.load import load
 
-HEAD = "head."
+HEADS = ("head.", "head_dist.")
 
 
 def with_fingerprint(settings: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def take_weights(model: Model, path: str | Path) -> dict[str, Any]:
     if recipe is None:
         state = _read_as(system, state)
     own = model.state_dict()
-    taken = [k for k, v in own.items() if not k.startswith(HEAD) and k in state and state[k].shape == v.shape]
+    taken = [k for k, v in own.items() if not k.startswith(HEADS) and k in state and state[k].shape == v.shape]
     if not taken:
         raise BadCheckpoint(f"{path} holds {recipe['name'] if recipe else 'another model'}: none of its {len(state)} "
                             f"tensors has the name and shape of one of {model.recipe['name']}")

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..core.model import Model
-from ..skeletons.objective import Objective, objective
+from ..skeletons.objective import Objective, loss_of
 from ..tasks.base import evaluating, share
 from .config import PretrainConfig, checked
 from .initial import take_weights, with_fingerprint
@@ -17,30 +16,35 @@ EVALUATED = 256  # samples in a batch
 
 
 class Pretraining(Run):
-    """A run whose loss is an objective's. The labels of the task are not looked at, nor is its test part."""
+    """A run that only its objective judges, which need not do the task. The test part is not looked at, and the labels by
+    supervised objectives alone."""
 
     config: PretrainConfig
     last = "encoder.safetensors"
 
-    def build(self) -> Objective:
+    def build(self) -> Any:
         model = build_on(self.config.model, self.task)
         if self.config.init is not None:
             self.init = {"init": take_weights(model, self.config.init)}
-        self.trained = objective(self.config.objective)(model)
-        return self.trained
-
-    def loss(self, wrapped: Any, batch: Any, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.trained.progress.fill_(progress)
-        return wrapped(batch[0])
+        return self.under(model)
 
     def score(self, model: Objective) -> tuple[dict[str, float], float]:
-        """Means over the validation samples, always with the same random choices."""
+        """Means over the validation samples, always with the same random choices; of the moving average, where there is
+        one."""
+        trained = model.model
+        model.model = self.weights(model)
+        try:
+            return self._score(model)
+        finally:
+            model.model = trained
+
+    def _score(self, model: Objective) -> tuple[dict[str, float], float]:
         totals: Counter[str] = Counter()
         with evaluating(model) as device, torch.random.fork_rng():
             torch.manual_seed(0)
             for batch in self.task.batches("val", EVALUATED):
-                inputs = share(batch[0], device=device)
-                loss, numbers = model(inputs)
+                inputs, *targets = share(batch, device=device)
+                loss, numbers = loss_of(model, model, (inputs, *targets))
                 size = len(inputs[0] if isinstance(inputs, tuple) else inputs)
                 totals.update({k: v.item() * size for k, v in {"loss": loss, **numbers}.items()})
                 totals["samples"] += size
@@ -49,9 +53,6 @@ class Pretraining(Run):
 
     def found(self, model: Objective) -> dict[str, Any]:
         return {"val": self.score(model)[0]}
-
-    def weights(self, model: Objective) -> Model:
-        return model.export()
 
 
 def pretrain(model: str, objective: str, task: str = "mnist5k", *, out: str | Path | None = None,

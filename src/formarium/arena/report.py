@@ -64,11 +64,27 @@ def _about(page: Page) -> dict[str, str]:
                  else f"One ({seeds[0]}), so nothing is known of the spread between runs",
         "rate": f"{lrs[0]} for every model" if len(lrs) == 1 else
                 f"Each model has its own best of {', '.join(lrs)}, by validation data, tried with seed {seeds[0]}",
-        "decay": f"{plan['weight_decay']:g}", "warmup": f"{plan['warmup']:.0%}".replace("%", " %"),
+        "decay": _decay(plan.get("config", plan)), "falls": _falls(plan.get("config", plan)),
+        "warmup": f"{plan['warmup']:.0%}".replace("%", " %"),
         "metric": esc(called(page.metric)), "better": "higher" if page.sign > 0 else "lower",
         "corner": "upper" if page.sign > 0 else "lower",
         "started": esc(f", {plan['started'][:16].replace('T', ' ')}" if plan.get("started") else ""),
     }
+
+
+def _decay(config: dict[str, Any]) -> str:
+    head = config.get("head_weight_decay")
+    return f"{config['weight_decay']:g}" + (f" ({head:g} in the classifier)" if head is not None else "")
+
+
+def _falls(config: dict[str, Any]) -> str:
+    """What the learning rate does after its rise."""
+    cooldown = config.get("cooldown", 0.0)
+    if config.get("schedule", "cosine") == "cosine":
+        said = "a cosine to zero"
+    else:
+        said = f"1 / sqrt(1 + t), t in units of {config['timescale']:.0%} of it".replace("%", " %")
+    return said + (f", and linearly to zero over the last {cooldown:.0%}".replace("%", " %") if cooldown else "")
 
 
 def command(plan: dict[str, Any]) -> str:

@@ -103,10 +103,10 @@ class Bench:
                     return super().build()
                 built = made(self.task)
                 built.recipe = {"name": f"studies/{getattr(made, '__name__', 'arm')}", "changes": {}}
-                return built
+                return self.under(built)
 
             def found(self, model: Any) -> dict[str, Any]:
-                return {"test": self.task.evaluate(model, "val" if quick else "test")}
+                return {"test": self.task.evaluate(self.weights(model), "val" if quick else "test")}
 
         name = made if isinstance(made, str) else getattr(made, "__name__", "arm")
         settings = with_fingerprint(self._recipe(recipe))
@@ -116,7 +116,7 @@ class Bench:
         run = CellRun(config, folder, doing)
         found = run.train()
         torch.manual_seed(config.seed)
-        built = run.build()
+        built = run.plain(run.build())
         built.load_state_dict(load_file(folder / run.last))
         numbers = {k: float(v) for k, v in found["test"].items()}
         numbers["val"] = last_validation(folder)[doing.metric]

@@ -1,6 +1,7 @@
 """Train one model on one task: resumable, with every number on disk."""
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from ..core.errors import DoesNotFit, FormariumError
 from ..core.macs import count_macs
 from ..core.model import Model, count_parameters
 from ..core.registry import split_name
+from ..skeletons.objective import Objective, Supervised, loss_of, objective
 from ..tasks.base import Task, share
 from ..tasks.registry import get_task
 from .config import RunConfig, checked, claim_folder, read_json, write_json
@@ -52,11 +54,17 @@ def build_on(name: str, task: Task, **changes: Any) -> Model:
     return create_model(base, **(task.model_options() | options | changes))
 
 
-def rate_at(progress: float, lr: float, warmup: float) -> float:
-    """The learning rate when this part of the budget is done: a linear rise, then half a cosine down to zero."""
+def rate_at(progress: float, lr: float, warmup: float, schedule: str = "cosine", timescale: float = 0.1,
+            cooldown: float = 0.0) -> float:
+    """The learning rate when this part of the budget is done: a linear rise, then half a cosine down to zero, or
+    1 / sqrt(1 + time / timescale) (arXiv 2106.04560, section 3.5). cooldown: times a line to zero over the last part."""
     if progress < warmup:
-        return lr * (progress / warmup * 0.99 + 0.01)
-    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+        rate = lr * (progress / warmup * 0.99 + 0.01)
+    elif schedule == "rsqrt":
+        rate = lr / math.sqrt(1 + (progress - warmup) / timescale)
+    else:
+        rate = lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+    return rate * min(1.0, max(0.0, 1 - progress) / cooldown) if cooldown else rate
 
 
 class Stop:
@@ -96,6 +104,10 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, task: Task | None = None, watch: Watch | None = None) -> None:
         self.config, self.folder, self.watch = config, folder, watch
         self.task = task or get_task(config.task)
+        if config.augmentation:
+            self.task = self.task.augmented(**config.augmentation)
+        self.trained: Objective | None = None
+        self.average: Model | None = None
         self.accelerator = Accelerator(mixed_precision=config.precision)
         if config.precision == "bf16" and self.accelerator.device.type == "cpu" and not _fast_bf16():
             raise FormariumError("this processor has no bf16 units; bf16 would be several times slower than float32 here")
@@ -122,11 +134,14 @@ class Run:
         if main:
             claim_folder(self.folder, "run.json", self.config, {"machine": describe_machine(self.accelerator.device)})
         model.set_grad_checkpointing(self.config.grad_checkpointing)
-        groups = model.parameter_groups(self.config.weight_decay)
+        groups = model.parameter_groups(self.config.weight_decay, self.config.head_weight_decay)
         steps = self._steps(model)
         optimizer = torch.optim.AdamW(groups, lr=self.config.lr, fused=True)
         wrapped = torch.compile(model) if self.config.compile else model
         wrapped, optimizer = self.accelerator.prepare(wrapped, optimizer)
+        if self.config.ema is not None:
+            self.average = copy.deepcopy(self.plain(model)).requires_grad_(False).eval()
+            self.accelerator.register_for_checkpointing(self.average)
         self._resume()
         log = (self.folder / "metrics.jsonl").open("a", encoding="utf-8") if main else None
         try:
@@ -146,27 +161,54 @@ class Run:
 
     def build(self) -> Any:
         """What is trained: a module that trains like a Model, with an `example`."""
-        model = build_for(self.config.model, self.task)
-        if self.config.init is not None:
-            self.init = {"init": take_weights(model, self.config.init)}
-        return model
+        c, rate = self.config, {} if self.config.drop_path is None else {"drop_path": self.config.drop_path}
+        model = build_for(c.model, self.task, **{k: v for k, v in rate.items() if k not in parse_name(c.model)[1]})
+        if c.init is not None:
+            self.init = {"init": take_weights(model, c.init)}
+        if c.objective is not None and not issubclass(objective(c.objective).target, Supervised):  # type: ignore[arg-type]
+            raise DoesNotFit(f"{c.objective} trains without the labels of a task: pretrain a model under it")
+        return self.under(model)
+
+    def under(self, model: Model) -> Any:
+        """The model, within the objective of this run if it has one."""
+        if self.config.objective is None:
+            return model
+        self.trained = objective(self.config.objective)(model)
+        return self.trained
 
     def loss(self, wrapped: Any, batch: Any, progress: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Of one batch, with numbers for the log. progress: part of the budget that is done."""
-        return self.task.loss(wrapped, batch), {}
+        if self.trained is None:
+            return self.task.loss(wrapped, batch), {}
+        self.trained.progress.fill_(progress)
+        return loss_of(wrapped, self.trained, batch)
 
     def score(self, model: Any) -> tuple[dict[str, float], float]:
         """What the validation part says, and the one number of it that is to grow."""
-        found = self.task.evaluate(model, "val")
+        found = self.task.evaluate(self.weights(model), "val")
         return found, found[self.task.metric] * (1 if self.task.higher_is_better else -1)
 
     def found(self, model: Any) -> dict[str, Any]:
         """What the result of a finished run says."""
-        return {"test": self.task.evaluate(model, "test"), "shown": self.task.show(model)}
+        done = self.weights(model)
+        return {"test": self.task.evaluate(done, "test"), "shown": self.task.show(done)}
+
+    def plain(self, model: Any) -> Model:
+        """The model as it is trained, out of its objective."""
+        return model.export() if isinstance(model, Objective) else model
 
     def weights(self, model: Any) -> Model:
-        """The model that is saved."""
-        return model
+        """The model that is evaluated and saved: the moving average, where there is one."""
+        return self.plain(model) if self.average is None else self.average
+
+    @torch.no_grad()
+    def follow(self, model: Any) -> None:
+        """The moving average goes a step; in the first steps faster, so that it forgets where the weights began."""
+        assert self.config.ema is not None
+        decay, here = min(self.config.ema, (1 + self.step) / (10 + self.step)), self.plain(model)
+        for name in ("parameters", "buffers"):
+            for mean, now in zip(getattr(self.average, name)(), getattr(here, name)(), strict=True):
+                mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
 
     def _steps(self, model: Any) -> float:
         """The budget in steps; infinite where it is in seconds."""
@@ -186,7 +228,7 @@ class Run:
         while (progress := self._progress(steps)) < 1:
             begun = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = rate_at(progress, c.lr, c.warmup)
+                group["lr"] = rate_at(progress, c.lr, c.warmup, c.schedule, c.timescale, c.cooldown)
             batch = share(self.task.train_batch(c.seed, self.step, c.batch_size), rank, world, device)
             with self.accelerator.autocast():
                 loss, numbers = self.loss(wrapped, batch, progress)
@@ -194,6 +236,8 @@ class Run:
             self.accelerator.clip_grad_norm_(params, c.clip)
             optimizer.step()
             optimizer.zero_grad()
+            if self.average is not None:
+                self.follow(model)
             value = loss.item() if self.step % log_every == 0 else None
             self.step += 1
             self.seconds += time.perf_counter() - begun

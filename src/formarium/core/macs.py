@@ -16,7 +16,7 @@ def _mv(matrix: tuple[int, ...], vector: tuple[int, ...], *args: Any, **kwargs: 
 
 
 def count_macs(model: nn.Module, example: Any) -> int:
-    """Multiply-accumulates of model(example), for the whole batch; the model and its device are left as they are.
+    """Multiply-accumulates of model(example) in evaluation, for the whole batch; the model is left as it is.
 
     Counted: matrix products, convolutions, attention (the full N x M product, also where a mask hides half of it). Not
     counted: element-wise operations, norms, pooling, look-ups and Fourier transforms. On the meta device, since the fused
@@ -25,6 +25,13 @@ def count_macs(model: nn.Module, example: Any) -> int:
     tensors = chain(model.named_parameters(), model.named_buffers())
     meta = {name: torch.empty_like(t, device="meta") for name, t in tensors}
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _mv})
-    with torch.no_grad(), counter:
-        functional_call(model, meta, (tree_map_only(Tensor, lambda t: t.to("meta"), example),))
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), counter:
+            functional_call(model, meta, (tree_map_only(Tensor, lambda t: t.to("meta"), example),))
+    finally:
+        for module in training:
+            module.training = True
     return counter.get_total_flops() // 2

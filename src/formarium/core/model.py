@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .ctx import Ctx
+from .errors import DoesNotFit
 from .hub import OnHub
 
 
@@ -37,8 +38,11 @@ class Trainable(nn.Module):
                 for path, module in self.named_modules() for name in getattr(module, "undecayed", ())
                 if isinstance(getattr(module, name), nn.Parameter)}
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Two groups for an optimizer: matrices with weight decay; vectors, tables and tokens without."""
+    def parameter_groups(self, weight_decay: float, head_weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Two groups for an optimizer: matrices with weight decay; vectors, tables and tokens without.
+
+        head_weight_decay: of the matrices of `head`, a third group (arXiv 2106.04560, section 3.1).
+        """
         spared = self.no_weight_decay()
 
         def decays(name: str, p: nn.Parameter) -> bool:
@@ -46,7 +50,14 @@ class Trainable(nn.Module):
 
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         groups: Iterable[tuple[bool, float]] = ((True, weight_decay), (False, 0.0))
-        return [{"params": [p for n, p in named if decays(n, p) is yes], "weight_decay": wd} for yes, wd in groups]
+        if head_weight_decay is None:
+            return [{"params": [p for n, p in named if decays(n, p) is yes], "weight_decay": wd} for yes, wd in groups]
+        head = [p for n, p in named if n.removeprefix("model.").startswith("head.") and decays(n, p)]  # in an objective too
+        if not head:
+            raise DoesNotFit(f"{type(self).__name__} has no classifier `head` here, which head_weight_decay= is for")
+        rest = self.parameter_groups(weight_decay)
+        rest[0]["params"] = [p for p in rest[0]["params"] if all(p is not h for h in head)]
+        return [*rest, {"params": head, "weight_decay": head_weight_decay}]
 
 
 class Model(Trainable, OnHub):

@@ -12,7 +12,7 @@ from torch import nn
 from .build import parse_call
 from .errors import DoesNotFit, FormariumError, unknown
 from .model import Model
-from .registry import find, systems
+from .registry import Entry, find, systems
 from .spec import from_json, option_names, to_json
 
 
@@ -35,7 +35,12 @@ def replay(model: Model, transforms: list[dict[str, Any]]) -> Model:
 
 def list_transforms() -> list[str]:
     """Names that `apply` takes."""
-    return [n for n, e in systems().items() if e.card.kind == "transform"]
+    return [n for n, e in systems().items() if e.card.kind == "transform" or _has_transform(e)]
+
+
+def _has_transform(entry: Entry) -> bool:
+    """Has a system of another kind a transform beside its models? Read from its text."""
+    return "\nTRANSFORM = " in entry.path.read_text(encoding="utf-8")
 
 
 def size(model: nn.Module) -> dict[str, int]:

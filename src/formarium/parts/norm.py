@@ -38,3 +38,21 @@ class GroupNorm(nn.Module):
 class NoNorm(nn.Identity):
     def __init__(self, dim: int) -> None:
         super().__init__()
+
+
+class BatchNorm(nn.Module):
+    """Batch norm of maps (B, C, *). Without a count of steps, which a fixed momentum does not need."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "b c *d"]) -> Float[Tensor, "b c *d"]:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum,
+                            self.eps)

@@ -51,6 +51,11 @@ class ScorePosition(nn.Module):
         """Added to the scores of the last n of m tokens."""
         return None
 
+    def weigh(self, scores: Float[Tensor, "*b h n m"], ctx: Ctx) -> Float[Tensor, "*b h n m"]:
+        """The scaled scores, each by a factor, before `bias` is added. For mixers that write their scores out; positions
+        that define it define `attend` too, for those that do not."""
+        return scores
+
     def attend(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"], ctx: Ctx, *,
                causal: bool, window: int | None, scale: float | None) -> Float[Tensor, "b h n d"]:
         """The heads' outputs. Defined anew by positions that depend on queries, keys or values, or multiply the scores."""

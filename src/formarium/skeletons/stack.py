@@ -44,16 +44,21 @@ class Stack(nn.Module):
         """As forward, with the tokens after each of the layers `taps`."""
         if self.resample is not None:
             x, ctx = self.resample(x, ctx)
+        return self.span(x, ctx, taps, range(self.depth))
+
+    def span(self, x: Float[Tensor, "b n c"], ctx: Ctx, taps: Sequence[int],
+             layers: range) -> tuple[Tensor, Ctx, list[Tensor]]:
+        """As `intermediates`, through these successive layers alone."""
         ctx = replace(ctx, shared={})  # values shared between layers must not leak into a stage of another width
-        if not self.layers:
+        if not layers:
             return x, ctx, []
-        state, seen, done = self._end(0).enter(x), [], 0
-        for last in sorted({*taps, self.depth - 1}):
-            layers = [self._layer(i, ctx) for i in range(done, last + 1)]
-            state, done = self._end(last).run(layers, state, self.checkpointing and self.training), last + 1
+        state, seen, done = self._end(layers[0]).enter(x), [], layers[0]
+        for last in sorted({*(t for t in taps if t in layers), layers[-1]}):
+            told = [self._layer(i, ctx) for i in range(done, last + 1)]
+            state, done = self._end(last).run(told, state, self.checkpointing and self.training), last + 1
             if last in taps:
                 seen.append(self._end(last).leave(state))
-        return self._end(self.depth - 1).leave(state), ctx, seen
+        return self._end(layers[-1]).leave(state), ctx, seen
 
     def _layer(self, i: int, ctx: Ctx) -> list[tuple[Residual, Ctx]]:
         """The sublayers of layer i in order, each with what it is told."""

@@ -49,6 +49,10 @@ class Task:
         """Inputs and targets of one step."""
         raise TypeError(f"{type(self).__name__} must define train_batch")
 
+    def augmented(self, **options: Any) -> "Task":
+        """The task with other augmentation of its training batches (Augmentation's fields)."""
+        raise DoesNotFit(f"{', '.join(options)}: augmentation of labelled images, of which {self.name} has none")
+
     def loss(self, model: torch.nn.Module, batch: Batch) -> Tensor:
         """The training loss of a batch, a scalar."""
         raise TypeError(f"{type(self).__name__} must define loss")

@@ -1,8 +1,10 @@
 """Which class is in the image? Cross-entropy; accuracy on the whole split decides."""
 
 import base64
+import copy
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ..data import images
 from ..data.cache import need
 from ..data.images import Images
 from ..skeletons.backbone import Backbone
+from .augment import Augmentation, erase, mix, rand_augment
 from .base import SPLITS, DataInfo, Task, evaluating, generator, order
 
 PADDING = 4
@@ -29,7 +32,7 @@ class Classify(Task):
     """Images (B, C, S, S), each channel with the mean 0 and deviation 1 of the training split -> logits (B, classes).
 
     Every epoch sees each training image once. augment: in training, a random crop of the image with a black margin of 4
-    pixels, and a flip left to right in half of the cases.
+    pixels, and a flip left to right in half of the cases. augmentation: what else is done; `augmented` changes it.
     """
 
     metric = "accuracy"
@@ -37,8 +40,9 @@ class Classify(Task):
     model_type = Backbone
     domain = "image"
 
-    def __init__(self, name: str, data: Images, *, augment: bool = False) -> None:
-        self.name, self.data, self.augment = name, data, augment
+    def __init__(self, name: str, data: Images, *, augment: bool = False,
+                 augmentation: Augmentation = Augmentation()) -> None:
+        self.name, self.data, self.augment, self.augmentation = name, data, augment, augmentation
         self.info = DataInfo(*data.origin[:3], sizes={s: len(data.labels[s]) for s in SPLITS}, note=data.origin.note)
         self.mean, self.std = statistics(data.pixels["train"])
 
@@ -46,21 +50,38 @@ class Classify(Task):
         _, channels, size, _ = self.data.pixels["train"].shape
         return {"num_classes": len(self.data.classes), "in_chans": channels, "img_size": size}
 
+    def augmented(self, **options: Any) -> "Classify":
+        task = copy.copy(self)
+        task.augmentation = replace(self.augmentation, **options)
+        return task
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (B, C, S, S) -> float32 of the same shape."""
         return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
 
     def train_batch(self, seed: int, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        n, start = self.info.sizes["train"], step * batch_size
+        n, start, a = self.info.sizes["train"], step * batch_size, self.augmentation
         epochs = range(start // n, (start + batch_size - 1) // n + 1)
-        index = torch.cat([_order(n, seed, e) for e in epochs])[start % n:][:batch_size]
-        pixels = self.data.pixels["train"][index]
+        index = torch.cat([_order(n, seed, e).repeat_interleave(a.repeats)[:n] for e in epochs])[start % n:][:batch_size]
+        pixels, targets = self.data.pixels["train"][index], self.data.labels["train"][index]
+        if not (self.augment or a.soft or a.random):
+            return self.normalise(pixels), targets
+        random, targets = generator(seed, step), a.targets(targets, len(self.data.classes))
         if self.augment:
-            pixels = crop_and_flip(pixels, generator(seed, step))
-        return self.normalise(pixels), self.data.labels["train"][index]
+            pixels = crop_and_flip(pixels, random)
+        if a.rand_augment:
+            pixels = rand_augment(pixels, a.rand_augment, random)
+        inputs = self.normalise(pixels)
+        if a.erasing:
+            inputs = erase(inputs, a.erasing, random)
+        return mix(inputs, targets, a.mixup, a.cutmix, random) if a.mixup or a.cutmix else (inputs, targets)
 
     def loss(self, model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
+        """The cross-entropy; of several heads, whose answers training keeps apart, its mean."""
+        answers = model(batch[0])
+        if isinstance(answers, Tensor):
+            return F.cross_entropy(answers, batch[1])
+        return torch.stack([F.cross_entropy(a, batch[1]) for a in answers]).mean()
 
     def batches(self, split: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """A split in order, every image once."""
@@ -135,21 +156,22 @@ def png(pixels: Tensor) -> str:
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def digits(*, augment: bool = False) -> Classify:
+def digits(*, augment: bool = False, augmentation: Augmentation = Augmentation()) -> Classify:
     """1797 handwritten digits, 8x8 grey."""
-    return Classify("digits", images.digits(), augment=augment)
+    return Classify("digits", images.digits(), augment=augment, augmentation=augmentation)
 
 
-def mnist5k(*, augment: bool = False) -> Classify:
+def mnist5k(*, augment: bool = False, augmentation: Augmentation = Augmentation()) -> Classify:
     """5000 images of MNIST, 28x28 grey."""
-    return Classify("mnist5k", images.mnist5k(), augment=augment)
+    return Classify("mnist5k", images.mnist5k(), augment=augment, augmentation=augmentation)
 
 
-def cifar10(*, augment: bool = True) -> Classify:
+def cifar10(*, augment: bool = True, augmentation: Augmentation = Augmentation()) -> Classify:
     """15000 images of CIFAR-10, 32x32 colour."""
-    return Classify("cifar10", images.cifar10(), augment=augment)
+    return Classify("cifar10", images.cifar10(), augment=augment, augmentation=augmentation)
 
 
-def imagefolder(path: str | Path, *, size: int = 32, augment: bool = True) -> Classify:
+def imagefolder(path: str | Path, *, size: int = 32, augment: bool = True,
+                augmentation: Augmentation = Augmentation()) -> Classify:
     """Your images: a folder with a sub-folder for each class, made `size` pixels wide and high."""
-    return Classify(f"imagefolder:{path}", images.imagefolder(path, size), augment=augment)
+    return Classify(f"imagefolder:{path}", images.imagefolder(path, size), augment=augment, augmentation=augmentation)

@@ -28,14 +28,14 @@ from ..core.errors import BadCheckpoint, FormariumError
 from ..core.registry import PACKAGE, Entry, cache_folder, find, systems
 from ..core.spec import Spec
 from ..core.transform import apply
-from .fit import OWN, Fit, NoStart, defaults, fit, layouts_of
+from .fit import DOORS, OWN, Fit, NoStart, defaults, fit, layouts_of
 from .keys import KeyMap, State
 
 TRIED = 6  # layouts that are fitted exactly
 LEAST = 0.2  # share of a file's tensors under a prefix that may be a model in a larger net
-FORMAT = 1  # of the index
+FORMAT = 2  # of the index
 
-Signature = dict[str, Any]  # "own": names of each structure a preset has; "names": theirs -> ours; "wild": regexes
+Signature = dict[str, Any]  # "own": names of each structure a preset has; "names": theirs -> what of ours; "wild"
 
 
 @dataclass
@@ -86,8 +86,9 @@ class Candidate:
 def detect(state: State, given: Mapping[str, Any] = {}, layout: str | None = None) -> list[Candidate]:
     """What these tensors may be, the likeliest first: those that fit exactly, then the nearest.
 
-    Among those that fit, the order is: more of the file placed, fewer changes to a preset, a layout of others, the paper
-    that has the model's class, the order of the papers' layouts. given: options that the caller names; layout: this alone.
+    Among those that fit, the order is: more of the file placed, fewer changes to a preset but for sizes of what goes in and
+    out, a layout of others, the paper that has the model's class, fewer changes in all, the order of the papers' layouts.
+    given: options that the caller names; layout: this alone.
     """
     found = [c for c in shortlist(state) if layout in (None, c.layout)]
     placed = 0.0
@@ -95,7 +96,7 @@ def detect(state: State, given: Mapping[str, Any] = {}, layout: str | None = Non
         if c.tensors >= placed:  # else it is no rival of one that fits
             c.fit = fit(under(c.prefix, state), c.system, c.layout, given=given)
             placed = max(placed, c.tensors * c.fits)
-    return sorted(found, key=_order)
+    return sorted(found, key=order)
 
 
 def of_system(state: State, system: str, variant: str, given: Mapping[str, Any], partial: bool) -> list[Candidate]:
@@ -104,13 +105,15 @@ def of_system(state: State, system: str, variant: str, given: Mapping[str, Any],
     found = [known.get(layout, Candidate(system, layout, "", 0, 0, 0)) for layout in layouts_of(system)]
     for c in found:
         c.fit = fit(under(c.prefix, state), system, c.layout, variant, given, partial)
-    return sorted(found, key=(lambda c: -c.score) if partial else _order)
+    return sorted(found, key=(lambda c: -c.score) if partial else order)
 
 
-def _order(c: Candidate) -> tuple[Any, ...]:
+def order(c: Candidate) -> tuple[Any, ...]:
+    """For sorting: the likeliest first."""
     if c.fit is None or c.fit.error is not None:
         return 1, -round(c.score, 3), 99 if c.fit is None else c.fit.changed, not _owns(c)
-    return 0, -len(c.fit.converted.moves), c.fit.changed, c.layout == OWN, not _owns(c)
+    other = sum(k not in DOORS for k in c.fit.plan.changes) if c.fit.plan else 99  # ViT at 384 pixels is still a ViT
+    return 0, -len(c.fit.converted.moves), other, c.layout == OWN, not _owns(c), c.fit.changed
 
 
 def rivals(found: list[Candidate]) -> list[Candidate]:
@@ -133,7 +136,10 @@ def under(prefix: str, state: State) -> State:
 def _owns(c: Candidate) -> bool:
     """Does the model's class stand in this paper?"""
     entry = find(c.system)
-    return any(p.target.__module__ == entry.module_name for p in getattr(entry.module, "PRESETS", {}).values())
+    presets = getattr(entry.module, "PRESETS", {})
+    if c.fits and c.fit and c.fit.plan and c.fit.keys.makes == "model":
+        presets = {"": presets[c.fit.plan.name.split("/")[1]]}
+    return any(p.target.__module__ == entry.module_name for p in presets.values())
 
 
 def shortlist(state: State, among: Iterable[str] = ()) -> list[Candidate]:
@@ -155,7 +161,7 @@ def shortlist(state: State, among: Iterable[str] = ()) -> list[Candidate]:
                     wild = [n for n in names if n not in hits and any(w.fullmatch(f"{added}{n}") for w in sign["wild"])]
                     if not hits:
                         continue
-                    ours = {sign["names"][n] for n in hits.values()}
+                    ours = {o for n in hits.values() for o in sign["names"][n]}
                     complete = max((len(ours & own) / len(own) for own in sign["own"]), default=1.0)
                     placed = [prefix + n for n in (*hits, *wild)]
                     c = Candidate(system, layout, f"+{added}" if added else prefix,
@@ -284,7 +290,7 @@ def _shallow(preset: Spec[Any]) -> nn.Module:
 
 def _signature(keys: KeyMap, structures: set[frozenset[str]]) -> Signature:
     """The names that these rules give the tensors of ours; those of rules that drop, or are for no preset, as regexes."""
-    names: dict[str, str] = {}
+    names: dict[str, set[str]] = {}  # one of theirs may be several of ours: blocks of two kinds, matrices that are split
     wild = set()
     every = sorted(frozenset().union(*structures))
     for r in keys.rules:
@@ -294,11 +300,13 @@ def _signature(keys: KeyMap, structures: set[frozenset[str]]) -> Signature:
         if not matches or any("{" in t for t in theirs):
             wild |= {_regex(t) for t in theirs}
         for m in matches:
+            rest = m.groupdict().get("rest", "")
             for t in theirs:
-                names.setdefault(t.replace("*", m.groupdict().get("rest", "")), m[0])
+                names.setdefault(t.replace("*", rest), set()).update(_collapsed(o).replace("*", rest) for o in r.ours)
     first = Counter(n.partition(".")[0] for n in names if "." in n).most_common(1)
     before = f"{first[0][0]}." if first and first[0][1] > 0.6 * len(names) and "#" not in first[0][0] else ""
-    return {"own": [sorted(own) for own in structures], "names": names, "wild": sorted(wild), "before": before}
+    return {"own": [sorted(own) for own in structures], "names": {t: sorted(ours) for t, ours in names.items()},
+            "wild": sorted(wild), "before": before}
 
 
 def _collapsed(name: str) -> str:

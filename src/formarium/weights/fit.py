@@ -161,7 +161,7 @@ def _preset(found: Fit, system: str, variant: str, told: Options, given: Options
     preset = presets[name.split("/")[1]]
     has = defaults(preset)
     if set(changes) - set(found.assumed) <= set(DOORS):
-        for k in [k for k in changes if k in found.assumed]:
+        for k in [k for k in changes if k in found.assumed and has[k] is not None]:  # None: no such tensors
             del changes[k]
             found.assumed[k] = Assumed(has[k], f"{found.assumed[k].why}; {name} has it so")
     found.also = {}

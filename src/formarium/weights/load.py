@@ -14,7 +14,7 @@ from ..core.errors import BadCheckpoint, DoesNotFit, FormariumError, UnknownName
 from ..core.model import Model
 from .adapt import Row as Adapted
 from .adapt import adapt
-from .detect import Candidate, detect, no_match, of_system, rivals, under
+from .detect import TRIED, Candidate, detect, no_match, of_system, order, rivals, under
 from .files import Contents, held, read
 from .fit import OWN, SAME_NAMES, UNTOLD, Fit, fit, layouts_of, on_meta, outline, plan
 from .keys import State
@@ -121,7 +121,10 @@ def _theirs(contents: Contents, what: str, name: str | None, layout: str | None,
         best.fit = fit(under(best.prefix, state), best.system, best.layout, variant, options, partial)
         contents.notes.append(f"heads={contents.heads}: config.json beside it says so")
     if partial and best is not None and not best.fits and best.tensors > 0.5:
-        best.fit = fit(under(best.prefix, state), best.system, best.layout, variant, options, partial)
+        tied = [c for c in found[:TRIED] if round(c.score, 3) == round(best.score, 3)]
+        for c in tied:
+            c.fit = fit(under(c.prefix, state), c.system, c.layout, variant, options, partial)
+        best = min(tied, key=order)
     if best is None or best.fit is None or best.fit.error is not None:
         anyhow = detect(state) if layout is not None and not system else found
         if anyhow and anyhow[0].fits:

@@ -98,8 +98,12 @@ class WindowAttention(Part):
         bias = self._scores_bias(padded, shift, x)
         if bias.ndim == 4:  # one for each window: an axis of the batch apart, so that it need not be repeated
             q, k, v = (t.unflatten(0, (-1, len(bias))) for t in (q, k, v))
-        x = self.proj(join_heads(attend(q, k, v, bias=bias).flatten(0, -4)))
+        x = self.proj(join_heads(self.mix(q, k, v, bias, padded, shift).flatten(0, -4)))
         return from_windows(x, self.window, padded, shift)[:, :h, :w].flatten(1, 2)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, grid: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+        """The heads' outputs in each window: what papers that change the attention itself define anew."""
+        return attend(q, k, v, bias=bias)
 
     def _scores_bias(self, grid: tuple[int, int], shift: tuple[int, int], x: Tensor) -> Tensor:
         """(heads, M*M, M*M), or one for each window, (windows, heads, M*M, M*M), where a shift needs its mask."""

@@ -7,26 +7,44 @@ Hybrids put a ResNet with group norm and standardised weights before the patches
 
 Decisions: the presets tiny and small are from How to train your ViT? (arXiv 2106.10270), giant_p14 (g/14) from Scaling
 Vision Transformers (arXiv 2106.04560). GELU is exact, as in the PyTorch ports; the authors' JAX code takes the tanh form,
-which files in their layout get (`approximate`). No pre-logits layer: the released classifiers have none.
+which files in their layout get (`approximate`). No pre-logits layer: the released classifiers have none. Options of later
+plain ViTs stand here too, as they change no idea: registers (arXiv 2309.16588), positions of the patches alone and layer
+scale (DeiT III, arXiv 2204.07118).
 """
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import Any
 
 from torch import nn
 
 from ...core.card import Card, Published
+from ...core.errors import DoesNotFit
 from ...core.part import Part, Residual
 from ...core.spec import Spec, spec
 from ...parts.attention import Attention
-from ...parts.channel import Mlp
+from ...parts.channel import Mlp, SwiGLU
 from ...parts.embed import PatchEmbed
 from ...parts.norm import LayerNorm
 from ...parts.position import LearnedPosition, seat
 from ...parts.residual import PreNorm
 from ...parts.stem import ResNetStem
 from ...skeletons.backbone import Backbone, Stage
-from ...weights.keys import FUSE, HWIO, TRANSPOSE, Op, State, as_preset, count, drop, keymap, rule
+from ...weights.keys import (
+    FUSE,
+    HWIO,
+    TRANSPOSE,
+    Assumed,
+    Op,
+    Rule,
+    State,
+    as_preset,
+    count,
+    drop,
+    keymap,
+    rule,
+    told_ratio,
+)
 
 CARD = Card(
     title="An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale",
@@ -72,21 +90,33 @@ CARD = Card(
 class ViT(Backbone):
     """images (B, in_chans, H, W) -> logits (B, num_classes).
 
-    pool: "token" classifies the class token, "mean" the mean of the patches, without a class token.
-    stem_layers: blocks of each ResNet stage before the patches; () is its root convolution alone; None: no stem.
+    pool: "token" classifies the class token, "mean" the mean of the patches. class_token: is there one? None: if it is
+    classified. pool_first: the mean is taken before the last norm. registers: learned tokens after the class token.
+    position_first: positions are the patches' alone. layer_scale: a learned factor on each channel of each branch, which
+    starts at this value. stem_layers: blocks of each ResNet stage before the patches; () is its root convolution alone.
     """
 
     def __init__(self, *, img_size: int | Sequence[int] = 224, patch: int | tuple[int, int] = 16, in_chans: int = 3,
                  num_classes: int = 1000, dim: int = 192, depth: int = 12, heads: int = 3, drop_path: float = 0.0,
-                 pool: str = "token", stem_layers: tuple[int, ...] | None = None, mixer: Spec[Part] = spec(Attention),
+                 pool: str = "token", class_token: bool | None = None, pool_first: bool = False, registers: int = 0,
+                 position_first: bool = False, layer_scale: float | None = None,
+                 stem_layers: tuple[int, ...] | None = None, mixer: Spec[Part] = spec(Attention),
                  channel: Spec[Part] = spec(Mlp), norm: Spec[nn.Module] = spec(LayerNorm),
                  residual: Spec[Residual] = spec(PreNorm), position: Spec[Any] = spec(LearnedPosition)) -> None:
+        if pool == "token" and (pool_first or class_token is False):
+            raise DoesNotFit("pool='token' classifies the class token: it needs one, and pools nothing before the norm; "
+                             "take pool='mean'")
         mixer, position = seat(position, mixer.offer(heads=heads))
-        embed = PatchEmbed(in_chans, dim, patch=patch, img_size=img_size, class_token=pool == "token", position=position,
+        embed = PatchEmbed(in_chans, dim, patch=patch, img_size=img_size, registers=registers, position=position,
+                           class_token=pool == "token" if class_token is None else class_token,
+                           position_first=position_first,
                            stem=None if stem_layers is None else spec(ResNetStem, layers=stem_layers))
         residual = residual.offer(norm=norm, drop_path=drop_path)
+        if layer_scale is not None:
+            residual = residual.require("layer_scale= is a factor on its branch", layer_scale=layer_scale)
         stage = Stage(dim, depth, {"mixer": mixer, "channel": channel}, residual)
-        super().__init__(embed, [stage], img_size=img_size, norm=norm, num_classes=num_classes, pool=pool)
+        super().__init__(embed, [stage], img_size=img_size, norm=norm, num_classes=num_classes, pool=pool,
+                         pool_first=pool_first)
 
 
 PRESETS = {
@@ -135,6 +165,25 @@ def _stem_rules() -> list[Any]:
     return rules
 
 
+def plain_rules(norm: str = "norm.*") -> tuple[Rule, ...]:
+    """timm's names. norm: what the last one is called."""
+    return (
+        rule("cls_token", "embedding.cls"),
+        rule("reg_token", "embedding.registers"),
+        rule("pos_embed", "embedding.position.table"),
+        rule("patch_embed.proj.*", "embedding.proj.*"),
+        rule("blocks.{i}.norm1.*", f"{OURS}.mixer.norm.*"),
+        rule("blocks.{i}.attn.qkv.*", f"{OURS}.mixer.inner.qkv.*"),
+        rule("blocks.{i}.attn.proj.*", f"{OURS}.mixer.inner.proj.*"),
+        rule("blocks.{i}.ls1.gamma", f"{OURS}.mixer.scale"),
+        rule("blocks.{i}.norm2.*", f"{OURS}.channel.norm.*"),
+        rule("blocks.{i}.mlp.*", f"{OURS}.channel.inner.*"),
+        rule("blocks.{i}.ls2.gamma", f"{OURS}.channel.scale"),
+        rule(norm, "norm.*"),
+        rule("head.*", "head.*"),
+    )
+
+
 def _transformers(before: str) -> list[Any]:
     """Files and models of version 4; then the names that version 5 gives them in memory, its files have the old ones."""
     old, new = f"{before}encoder.layer.{{i}}", f"{before}layers.{{i}}"
@@ -159,9 +208,7 @@ def _transformers(before: str) -> list[Any]:
 
 KEYS = {
     "timm": keymap(
-        rule("cls_token", "embedding.cls"),
-        rule("pos_embed", "embedding.position.table"),
-        rule("patch_embed.proj.*", "embedding.proj.*"),
+        *plain_rules(),
         rule([f"patch_embed.backbone.{x}" for x in ("stages.0.blocks.0.conv1.weight", *(f"stem.{y}" for y in ROOT))],
              [f"embedding.stem.{x}" for x in ("stages.0.0.conv1.weight", *ROOT)]),  # "stem" where there are stages
         rule("patch_embed.backbone.stages.{s}.blocks.{u}.downsample.conv.*", "embedding.stem.stages.{s}.{u}.conv0.*"),
@@ -169,14 +216,10 @@ KEYS = {
         rule("patch_embed.backbone.stages.{s}.blocks.{u}.*", "embedding.stem.stages.{s}.{u}.*"),
         rule("patch_embed.backbone.conv.*", "embedding.stem.conv.*"),
         rule("patch_embed.backbone.norm.*", "embedding.stem.norm.*"),
-        rule("blocks.{i}.norm1.*", f"{OURS}.mixer.norm.*"),
-        rule("blocks.{i}.attn.qkv.*", f"{OURS}.mixer.inner.qkv.*"),
-        rule("blocks.{i}.attn.proj.*", f"{OURS}.mixer.inner.proj.*"),
-        rule("blocks.{i}.norm2.*", f"{OURS}.channel.norm.*"),
-        rule("blocks.{i}.mlp.*", f"{OURS}.channel.inner.*"),
-        rule("norm.*", "norm.*"),
-        rule("head.*", "head.*"),
     ),
+    "timm_gap": keymap(  # of those that average the patches and norm the mean
+        *plain_rules("fc_norm.*"), example=("nano", {"pool": "mean", "pool_first": True}),
+        without=dict.fromkeys(PRESETS, "it classifies the class token, normed before; this layout averages first")),
     "authors": keymap(  # the .npz files of google-research/vision_transformer
         rule("cls", "embedding.cls"),
         rule("Transformer/posembed_input/pos_embedding", "embedding.position.table"),
@@ -206,23 +249,43 @@ KEYS = {
 }
 
 
+def square(n: int) -> bool:
+    return n > 0 and isqrt(n) ** 2 == n
+
+
 def settings(state: State, layout: str) -> dict[str, Any]:
-    """Everything but the heads. Square images. JAX's GELU has the tanh form; transformers' norms have another epsilon."""
+    """Everything but the heads, and the value that layer scale started at. Square images. JAX's GELU has the tanh form;
+    transformers' norms have another epsilon."""
     dim, in_chans, patch, patch_w = state["embedding.proj.weight"].shape
     token = "embedding.cls" in state
-    side = round((state["embedding.position.table"].shape[1] - int(token)) ** 0.5)
+    registers = state["embedding.registers"].shape[1] if "embedding.registers" in state else 0
+    rows = state["embedding.position.table"].shape[1]
+    before = int(token) + registers
+    first = before > 0 and square(rows) and not square(rows - before)
+    side = round((rows - (0 if first else before)) ** 0.5)
+    gap = layout == "timm_gap"
     found: dict[str, Any] = {
         "dim": dim, "patch": patch if patch == patch_w else (patch, patch_w), "in_chans": in_chans,
         "img_size": side * patch if patch == patch_w else (side * patch, side * patch_w),
         "depth": count(state, f"{OURS}.mixer.norm.weight"),
         "heads": as_preset(PRESETS, "heads", max(1, dim // 64), dim=dim),
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
-        "pool": "token" if token else "mean",
+        "pool": "token" if token and not gap else "mean", "pool_first": gap,
+        "class_token": True if token and gap else None, "registers": registers, "position_first": first,
+        "layer_scale": Assumed(1e-4, "where training begins, as DeiT III; the trained values are the file's")
+        if "stages.0.layers.0.mixer.scale" in state else None,
     }
-    mlp = spec(Mlp)
-    if (ratio := state["stages.0.layers.0.channel.inner.fc1.weight"].shape[0] / dim) != 4:
-        mlp = mlp.but(ratio=ratio)
-    found["channel"] = mlp.but(approximate=True) if layout == "authors" else mlp
+    fc1, fc2 = (state[f"stages.0.layers.0.channel.inner.{x}.weight"] for x in ("fc1", "fc2"))
+    hidden = fc2.shape[1]
+    if fc1.shape[0] == 2 * hidden:
+        ratio = round(1.5 * hidden / dim)
+        ratio = ratio if round(dim * ratio * 2 / 3) == hidden else 1.5 * hidden / dim
+        found["channel"] = spec(SwiGLU, ratio=ratio, bias="stages.0.layers.0.channel.inner.fc1.bias" in state)
+    else:
+        mlp = spec(Mlp) if hidden == 4 * dim else spec(Mlp, ratio=told_ratio(hidden, dim))
+        found["channel"] = mlp.but(approximate=True) if layout == "authors" else mlp
+    if "stages.0.layers.0.mixer.inner.qkv.bias" not in state:
+        found["mixer"] = spec(Attention, qkv_bias=False)
     found["norm"] = spec(LayerNorm, eps=1e-12) if layout == "transformers" else spec(LayerNorm)
     if "embedding.stem.conv.weight" in state:
         stages = range(count(state, "embedding.stem.stages.{i}.0.conv1.weight"))

@@ -16,6 +16,7 @@ layer. Rollout is Abnar and Zuidema's (arXiv 2005.00928) of attention; "lrp_roll
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from ...parts.norm import LayerNorm
 from ...parts.position import AbsolutePosition
 from ...parts.residual import PostNorm, PreNorm
 from ...skeletons.backbone import Backbone
+from ...skeletons.stack import Stack
 
 CARD = Card(
     title="Transformer Interpretability Beyond Attention Visualization",
@@ -83,6 +85,11 @@ def through_uses(rs: Sequence[Tensor], x: Tensor) -> Tensor:
     return sum((x * ratio(r, x) for r in rs), torch.zeros_like(x))
 
 
+def _plain(model: Model) -> TypeGuard[Backbone]:
+    """Is it one stack of layers, with nothing between them?"""
+    return isinstance(model, Backbone) and len(model.stages) == 1 and type(model.stages[0]) is Stack
+
+
 class Trace:
     """A forward pass of a plain ViT, written out, and what relevance and gradients need of it.
 
@@ -90,7 +97,7 @@ class Trace:
     """
 
     def __init__(self, model: Model, images: Float[Tensor, "b c h w"]) -> None:
-        if not isinstance(model, Backbone) or len(model.stages) != 1 or not isinstance(model.embedding, PatchEmbed):
+        if not _plain(model) or not isinstance(model.embedding, PatchEmbed):
             raise DoesNotFit(f"transformer_attribution explains plain ViTs, a stack of attention and MLP over patches; "
                              f"{type(model).__name__} is none")
         if type(model).pooled is not Backbone.pooled or type(model).forward is not Backbone.forward:
@@ -250,7 +257,7 @@ def full(model: Model, images: Tensor, target: Tensor) -> Tensor:
 def attention_maps(model: Model, images: Tensor, layers: Sequence[int]) -> tuple[list[Tensor], Ctx]:
     """softmax of the scores of these layers, (B, heads, N, N); only they are computed beside the fused kernels."""
     parts = [m for m in model.modules() if type(m) is Attention]
-    if not isinstance(model, Backbone) or len(model.stages) != 1 or len(parts) != model.stages[0].depth:
+    if not _plain(model) or len(parts) != model.stages[0].depth:
         raise DoesNotFit(f"attention is shown of plain ViTs, whose layers all have it; {type(model).__name__} has it in "
                          f"{len(parts)} places")
     with ExitStack() as stack, torch.no_grad():

@@ -116,8 +116,7 @@ class DropPos(Objective):
                  anneal: bool = True, tau: float | None = 0.1, replacement: str = "token", decoder_dim: int | None = None,
                  decoder_depth: int = 2, decoder_heads: int = 16, pixels: bool = False, pos_weight: float = 0.05) -> None:
         super().__init__(model)
-        if not (isinstance(model, Backbone) and len(model.stages) == 1 and isinstance(model.embedding, PatchEmbed)
-                and model.embedding.img_size is not None):
+        if not takes_any_patches(model):
             raise DoesNotFit("droppos needs a plain ViT, one stage after a patch embedding; "
                              f"{type(model).__name__} is none")
         if isinstance(model.embedding.position, NoPosition) or model.embedding.position_first:
@@ -167,12 +166,12 @@ class DropPos(Objective):
         order = pos_noise.argsort(1)
         known = int(self.visible * (1 - self.pos_ratio))
         dropped = order.argsort(1) >= known
-        visible = _take(x[:, ctx.prefix:], kept)
-        own = _take(position[:, ctx.prefix:].expand(len(x), -1, -1), kept)
+        visible = take(x[:, ctx.prefix:], kept)
+        own = take(position[:, ctx.prefix:].expand(len(x), -1, -1), kept)
         if self.replacement == "wrong":
             lost = order[:, known:]
             mixed = lost[:, torch.randperm(lost.shape[1], device=x.device)]
-            given = _take(own, torch.arange(self.visible, device=x.device).expand_as(kept).scatter(1, lost, mixed))
+            given = take(own, torch.arange(self.visible, device=x.device).expand_as(kept).scatter(1, lost, mixed))
         else:
             given = torch.where(dropped[..., None], 0 if self.token is None else self.token, own)
         x = torch.cat((x[:, :ctx.prefix] + position[:, :ctx.prefix], visible + given), dim=1)
@@ -211,16 +210,36 @@ class DropPos(Objective):
     def pixel_loss(self, images: Float[Tensor, "b c h w"], seen: Visible) -> Float[Tensor, ""]:
         """Mean squared error of the hidden patches, each brought to mean 0 and variance 1 (MAE, arXiv 2111.06377)."""
         assert self.pixels is not None
-        step = self.model.embedding.step  # type: ignore[union-attr]
-        patches = images.unflatten(3, (-1, step[1])).unflatten(2, (-1, step[0]))  # B C h p w q
-        target = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        hidden = torch.ones_like(target[..., 0]).scatter(1, seen.kept, 0.0)
-        error = (self.pixels(seen.tokens, seen.kept, self.grid) - target).square().mean(-1)
-        return (error * hidden).sum() / hidden.sum()
+        target = patches_of(images, self.model.embedding.step)  # type: ignore[union-attr, arg-type]
+        return hidden_error(self.pixels(seen.tokens, seen.kept, self.grid), normed(target), seen.kept)
 
 
-def _take(x: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
+def takes_any_patches(model: Model) -> bool:
+    """Is it a plain ViT, one stage that any of the tokens of its patches can go through?"""
+    return (isinstance(model, Backbone) and len(model.stages) == 1 and type(model.stages[0]) is Stack
+            and isinstance(model.embedding, PatchEmbed) and type(model.embedding).tokens is PatchEmbed.tokens
+            and model.embedding.img_size is not None)
+
+
+def patches_of(images: Float[Tensor, "b c h w"], step: tuple[int, int]) -> Float[Tensor, "b n p"]:
+    """The values of each patch of these sides, row by row, the channels last."""
+    patches = images.unflatten(3, (-1, step[1])).unflatten(2, (-1, step[0]))  # B C h p w q
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def normed(patches: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
+    """Each patch brought to mean 0 and variance 1."""
+    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def hidden_error(drawn: Float[Tensor, "b n p"], target: Float[Tensor, "b n p"],
+                 kept: Int[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """Mean squared error of the patches that were not kept."""
+    hidden = torch.ones_like(target[..., 0]).scatter(1, kept, 0.0)
+    return ((drawn - target).square().mean(-1) * hidden).sum() / hidden.sum()
+
+
+def take(x: Float[Tensor, "b n c"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k c"]:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 

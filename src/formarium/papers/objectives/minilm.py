@@ -15,22 +15,19 @@ assistant (the teacher's depth, the student's width) is two runs, each with its 
 The presets are the released students, in the shape of BERT. The multi-head relations of MiniLMv2 are another paper.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ...core.build import create_model
 from ...core.card import Card, Published
 from ...core.errors import DoesNotFit, unknown
 from ...core.model import Model
 from ...core.spec import spec
 from ...parts.attention import Attention, Seen, watching
-from ...skeletons.objective import Objective
+from ...skeletons.objective import Objective, find_teacher
 from ...weights.keys import State, as_preset
-from ...weights.load import load
 from ..language import bert
 from ..language.bert import Bert
 
@@ -81,7 +78,7 @@ class MiniLM(Objective):
         if not relations:
             raise DoesNotFit(f"expected one or more relations of {', '.join(RELATIONS)}, got none")
         self.relations = tuple(dict.fromkeys(relations))
-        self.teacher = _teacher(teacher, model).requires_grad_(False)
+        self.teacher = find_teacher(teacher, model, "minilm")
         taught, copied = self.watched = (_attention(self.teacher, layer, "teacher"), _attention(model, -1, "student"))
         if taught.heads != copied.heads:
             raise DoesNotFit(f"teacher and student need equally many heads, here {taught.heads} and {copied.heads}; "
@@ -121,15 +118,6 @@ def divergence(teacher: Float[Tensor, "b h n m"], student: Float[Tensor, "b h n 
     hidden = teacher == -torch.inf  # 0 log(0 / 0) is 0
     kl = (teacher.exp() * (teacher - student).masked_fill(hidden, 0)).sum(-1).mean(1)
     return kl.mean() if mask is None else kl[mask].mean()
-
-
-def _teacher(name: str, student: Model) -> Model:
-    if not name:
-        raise DoesNotFit("minilm needs a teacher, a file or a model's name: minilm(teacher=teacher.safetensors)")
-    if name.endswith(".safetensors") or Path(name).is_file():
-        return load(name)  # type: ignore[return-value]
-    sizes = {k: getattr(student, k) for k in ("vocab", "context") if hasattr(student, k)}
-    return create_model(name, **sizes)
 
 
 def _attention(model: nn.Module, layer: int, who: str) -> Attention:

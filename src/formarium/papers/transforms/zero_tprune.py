@@ -261,7 +261,8 @@ def zero_tprune(model: Model, *, layers: tuple[int, ...] | None = None, keep: fl
     if not all(0 < k <= 1 for k in keeps) or min(similars) < 0 or len(iterations) != 3 or min(iterations) < 1:
         raise DoesNotFit(f"keep is in (0, 1], similar 0 or more, iterations three numbers from 1 on, got {keep}, {similar} "
                          f"and {iterations}")
-    plain = all(type(sub).enter is Residual.enter for layer in whole for sub in layer.values())
+    plain = all(type(stack) is Stack for stack in model.stages) and all(
+        type(sub).enter is Residual.enter for layer in whole for sub in layer.values())
     if not plain or not all(isinstance(s.resample, Pruning) for s in others) or not all(
             _attention(whole[i - 1]) for i in layers):
         return 0
