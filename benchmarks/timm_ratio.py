@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--forward", action="store_true", help="no training steps")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     args = parser.parse_args()
     images, labels = torch.randn(args.batch, 3, 224, 224), torch.randint(1000, (args.batch,))
@@ -79,8 +80,9 @@ def main() -> None:
         difference = (answers[0] - answers[1]).abs().max().item()
         if difference > TOLERANCE:
             raise SystemExit(f"{name} and {PAIRS[name]} differ by {difference:.1e}: nothing to compare")
-        for what, runs in (("forward", {k: forward(m, images) for k, m in models.items()}),
-                           ("training step", {k: training_step(m, images, labels) for k, m in models.items()})):
+        for what in ("forward", *["training step"] * (not args.forward)):  # each sets the mode of the models
+            runs = {k: forward(m, images) if what == "forward" else training_step(m, images, labels)
+                    for k, m in models.items()}
             seconds = take_turns(runs, args.rounds)
             found = ratio(seconds, "ours", "timm")
             rows.append({"model": name, "what": what, "ours, ms": milliseconds(seconds, "ours"),
