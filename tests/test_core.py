@@ -185,7 +185,9 @@ def test_list_models():
         found = {n.split("/")[0] for n in list_models(**{field: value})}
         assert some in found
         assert others not in found
-    assert {n.split("/")[0] for n in list_models(text="SHIFTED")} == {"swin"}
+    found = {n.split("/")[0] for n in list_models(text="SHIFTED")}
+    assert "swin" in found
+    assert "gpt" not in found
     assert list_models("nothing") == []
     assert card("swin/tiny") is find("swin").card
 

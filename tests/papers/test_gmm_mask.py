@@ -160,14 +160,15 @@ SMALL = {"swin": "dim=24,depths=(2,2),heads=(2,4)", "cait": "dim=24,depth=2,head
 
 
 @pytest.mark.parametrize("position", ["gmm_mask(kernels=3)", "elm"])
-@pytest.mark.parametrize("host", SMALL)
-def test_names_of_other_hosts(host, position):
+@pytest.mark.parametrize(("host", "layout"), [("swin", "authors_swin"), ("cait", "authors_cait"), ("pit", "authors_pit"),
+                                              ("t2t", "authors_t2t")])
+def test_names_of_other_hosts(host, layout, position):
     """Under each layer's name is GMM's fixed base, or what an ELM has learned. The names tell the host and its sizes."""
     model = create_model(f"gmm_mask/{host}:{SMALL[host]},position={position}", num_classes=5, img_size=16).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    theirs = KEYS[f"authors_{host}"].convert(model.state_dict(), {}, back=True)
+    theirs = KEYS[layout].convert(model.state_dict(), {}, back=True)
     assert not theirs.unmatched
     masks = [t for k, t in theirs.state.items() if k.endswith(".mask.mask")]
     assert len(masks) == sum(isinstance(m, GMM | ELM) for m in model.modules())
