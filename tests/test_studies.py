@@ -147,17 +147,10 @@ def test_planted_outliers_change_no_answer():
     assert errors[0] < errors[1]
 
 
-def test_kinds_of_tokens():
-    from formarium.studies.minilm import kinds_of
-
-    source = 'if  a:  # b\n    x = """c\nd""" + f"e"*12\n'
-    kinds = "66001500444" + "0" + "00001" + "050" + "33333" + "3333" + "050" + "3333" + "522" + "0"
-    assert "".join(map(str, kinds_of(source.encode()).tolist())) == kinds
-
-
 def test_soft_labels_are_the_teachers():
     from formarium.core.build import create_model
-    from formarium.studies.minilm import SoftLabels, answers
+    from formarium.studies.minilm import SoftLabels
+    from formarium.tasks.kinds import answers
 
     task = SoftLabels(create_model("minilm/nano:context=64"))
     inputs, soft = task.train_batch(0, 1, 2)

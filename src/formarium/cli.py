@@ -435,8 +435,12 @@ def pretrain(
         return
     _print_init(found, init)
     metrics = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in found["val"].items())
+    on = task if found.get("does_task", True) else "TASK"
     out().print(f"validation: {metrics}\n{found['steps']} steps in {found['seconds']:.1f} s\nencoder: {found['encoder']}\n"
-              f"go on: formarium train {model} --task {task} --init {found['encoder']}", markup=False, soft_wrap=True)
+              f"go on: formarium train {model} --task {on} --init {found['encoder']}", markup=False, soft_wrap=True)
+    if on != task:
+        out().print(f"(TASK: one that {model} does, unlike {task}; see: formarium list --tasks)", markup=False,
+                    soft_wrap=True)
 
 
 @app.command()

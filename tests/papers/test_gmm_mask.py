@@ -145,10 +145,11 @@ def test_authors_layer():
         compare(golden, gmm.mask(Ctx(grid=(7, 7))) * inputs[0])
 
 
-@pytest.mark.parametrize(("file", "variant"), [("vit_32", "vit"), ("swin_32", "swin"), ("cait_32", "cait"),
-                                               ("pit_32", "pit"), ("t2t_32", "t2t"), ("t2t_64", "t2t_64")])
+@pytest.mark.parametrize(("file", "variant"), [("gmm_vit_32", "vit"), ("gmm_swin_32", "swin"),
+                                               ("gmm_cait_32", "cait"), ("gmm_pit_32", "pit"),
+                                               ("gmm_t2t_32", "t2t"), ("gmm_t2t_64", "t2t_64")])
 def test_authors_answers(file, variant):
-    state, inputs, golden = replay(GOLDEN / f"gmm_mask__gmm_{file}.json.gz")
+    state, inputs, golden = replay(GOLDEN / f"gmm_mask__{file}.json.gz")
     model = load(state)
     assert model.recipe == {"name": f"gmm_mask/{variant}", "changes": {}}
     with torch.no_grad():

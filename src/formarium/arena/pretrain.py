@@ -52,15 +52,16 @@ class Pretraining(Run):
         return found, -found["loss"]
 
     def found(self, model: Objective) -> dict[str, Any]:
-        return {"val": self.score(model)[0]}
+        return {"val": self.score(model)[0], "does_task": isinstance(self.plain(model), self.task.model_type)}
 
 
 def pretrain(model: str, objective: str, task: str = "mnist5k", *, out: str | Path | None = None,
              watch: Watch | None = None, **settings: Any) -> dict[str, Any]:
-    """Pretrains a model; returns {"val": {...}, "encoder": path, "folder", "steps", "seconds", ...}.
+    """Pretrains a model; returns {"val": {...}, "encoder": path, "folder", "steps", "seconds", "does_task", ...}.
 
     objective: a name with options, "droppos(pos_ratio=0.5)". settings: fields of RunConfig, as for `train`. out: the run's
     folder; the same call again resumes it. encoder.safetensors there is what `load` reads and `train(init=)` starts from.
+    does_task: whether the model can be trained for this very task afterwards, or for others only.
     """
     config = checked(PretrainConfig, model=model, objective=objective, task=task, **with_fingerprint(settings))
     assert isinstance(config, PretrainConfig)

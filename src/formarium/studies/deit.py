@@ -30,7 +30,7 @@ STUDY = Study(
     task="mnist5k",
     recipe={"steps": STEPS, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=3,
+    seeds=5,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     prepare=teach,
     measure=learn,

@@ -28,7 +28,7 @@ STUDY = Study(
     data=("cifar10",),
     recipe={"steps": 220, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=4,
+    seeds=5,
     decides=Decides("auroc", better="higher", by="difference", at_least=0.01),
     measure=telling_apart,
     val_better="higher",

@@ -17,7 +17,7 @@ STUDY = Study(
     task_options={"augment": False},
     recipe={"steps": 150, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=3,
+    seeds=5,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     published="ImageNet top-1 with DeiT's recipe: PiT-XS 78.1 % at 1.4 G MACs, DeiT-Ti 72.2 % at 1.3 G; PiT-S 80.9 % at "
               "2.9 G, DeiT-S 79.8 % at 4.6 G; PiT-B 82.0 % at 12.5 G, DeiT-B 81.8 % at 17.6 G",

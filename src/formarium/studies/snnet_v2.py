@@ -53,7 +53,7 @@ STUDY = Study(
     task="mnist5k",
     recipe={"steps": 150, "batch_size": 32},
     lrs=(),
-    seeds=3,
+    seeds=5,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     prepare=train,
     measure=stitched,

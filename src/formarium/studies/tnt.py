@@ -18,7 +18,7 @@ STUDY = Study(
     task_options={"augment": False},
     recipe={"steps": 150, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=3,
+    seeds=5,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     published="ImageNet top-1 81.5 % of TNT-S, 79.8 % of DeiT-S, of 23.8 M and 22.1 M parameters and 5.2 G and 4.6 G MACs",
     scale="250 thousand parameters in 4 layers, half a pass over 9,000 images of 32x32 pixels in 16 patches, against 24 M "

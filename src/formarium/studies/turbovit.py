@@ -18,7 +18,7 @@ STUDY = Study(
     task="mnist5k",
     recipe={"steps": 200, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=3,
+    seeds=5,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     published="The paper has no ablation of the depths; the network found has 82.1 % ImageNet top-1 at 2.2 G "
               "multiply-accumulates (by the abstract's ratios)",

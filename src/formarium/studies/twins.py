@@ -20,7 +20,7 @@ STUDY = Study(
     task_options={"augment": False},
     recipe={"steps": 200, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=3,
+    seeds=5,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     published="ImageNet top-1 of the small model: 76.9 % with local attention alone, 81.7 % in turn (the first quoted from "
               "memory)",

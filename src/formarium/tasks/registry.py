@@ -32,6 +32,8 @@ TASKS = {
                        "bytes of WikiText-2's validation and test parts, 2.4 MB; downloaded"),
     "text": Entry("language", "text", "language",
                   "bytes of your text, a file or a folder of .txt; options context, mem_len", True),
+    "token_kinds": Entry("kinds", "TokenKinds", "language",
+                         "name, string, comment, ...: the kind of each byte of Python's own library; option context"),
     "etth1": Entry("forecast", "etth1", "series", "7 hourly series of a transformer; downloaded; options context, horizon"),
     "etth2": Entry("forecast", "etth2", "series", "another transformer, as etth1; downloaded; options context, horizon"),
     "exchange": Entry("forecast", "exchange", "series", "8 daily exchange rates; downloaded; options context, horizon"),

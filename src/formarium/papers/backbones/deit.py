@@ -36,6 +36,7 @@ from ...parts.channel import Mlp
 from ...parts.norm import LayerNorm
 from ...parts.position import LearnedPosition
 from ...parts.residual import PreNorm
+from ...skeletons.backbone import Backbone
 from ...skeletons.objective import Supervised, find_teacher
 from ...weights.adapt import Change, refit_classifier
 from ...weights.keys import Assumed, State, keymap, rule
@@ -99,11 +100,45 @@ CARD = Card(
 ANSWERS = ("both", "class", "distillation")
 
 
-class DeiT(ViT):
+class TwoHeads(Backbone):
+    """A backbone whose first two tokens have a classifier each: in training the logits of both, a tuple, in evaluation
+    their mean, or those of one (`answer`). With num_classes=0 the answer is always the mean of both tokens.
+
+    distilled: False leaves a usual backbone.
+    """
+
+    distilled, answer = True, "both"
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New classifiers of both tokens; 0: none."""
+        if self.distilled:
+            super().reset_classifier(num_classes)
+            self.head_dist = self.head
+        super().reset_classifier(num_classes)
+
+    def refit(self, name: str, tensor: Tensor | None, was: Any) -> Change | None:
+        return super().refit(name, tensor, was) or refit_classifier(self, name, was, "head_dist")
+
+    def pooled(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b c"]:
+        return (x[:, 0] + x[:, 1]) / 2 if self.distilled else super().pooled(x, ctx)
+
+    def forward(self, batch: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"] | tuple[Float[Tensor, "b k"], ...]:
+        if not self.distilled:
+            return super().forward(batch)
+        x, ctx = self.encode(*self.embed(batch))
+        if not self.num_classes:
+            return self.pooled(x, ctx)
+        answers = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        if self.training:
+            return answers
+        return (answers[0] + answers[1]) / 2 if self.answer == "both" else answers[self.answer == "distillation"]
+
+
+class DeiT(TwoHeads, ViT):
     """images (B, in_chans, H, W) -> logits (B, num_classes); in training the logits of both classifiers, a tuple.
 
     answer: the classifiers whose logits are averaged in evaluation: "both", or that of the "class" or the "distillation"
-    token alone (table 3). With num_classes=0 the answer is always the mean of both tokens.
+    token alone (table 3).
     """
 
     def __init__(self, *, img_size: int | Sequence[int] = 224, patch: int | tuple[int, int] = 16, in_chans: int = 3,
@@ -117,27 +152,6 @@ class DeiT(ViT):
                          heads=heads, drop_path=drop_path, registers=1, mixer=mixer, channel=channel, norm=norm,
                          residual=residual, position=position)
         self.answer = answer
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """New classifiers of both tokens; 0: none."""
-        super().reset_classifier(num_classes)
-        self.head_dist = self.head
-        super().reset_classifier(num_classes)
-
-    def refit(self, name: str, tensor: Tensor | None, was: "DeiT") -> Change | None:  # type: ignore[override]
-        return super().refit(name, tensor, was) or refit_classifier(self, name, was, "head_dist")
-
-    def pooled(self, x: Float[Tensor, "b n c"], ctx: Ctx) -> Float[Tensor, "b c"]:
-        return (x[:, 0] + x[:, 1]) / 2
-
-    def forward(self, batch: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"] | tuple[Float[Tensor, "b k"], ...]:
-        x, ctx = self.encode(*self.embed(batch))
-        if not self.num_classes:
-            return self.pooled(x, ctx)
-        answers = self.head(x[:, 0]), self.head_dist(x[:, 1])
-        if self.training:
-            return answers
-        return (answers[0] + answers[1]) / 2 if self.answer == "both" else answers[self.answer == "distillation"]
 
 
 class Distillation(Supervised):

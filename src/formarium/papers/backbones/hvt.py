@@ -36,7 +36,7 @@ from ...skeletons.backbone import Backbone
 from ...skeletons.stack import Stack
 from ...weights.adapt import Change
 from ...weights.keys import Assumed, State, as_preset, count, keymap, rule, told_ratio
-from .vit import ViT
+from .vit import OURS, ViT, plain_rules
 from .vit import settings as vit_settings
 
 CARD = Card(
@@ -183,18 +183,7 @@ PRESETS = {
     "s_4": spec(HVT, pools=(0, 3, 6, 9)),
 }
 
-OURS = "stages.0.layers.{i}"
-KEYS = {"authors": keymap(
-    rule("pos_embed", "embedding.position.table"),
-    rule("patch_embed.proj.*", "embedding.proj.*"),
-    rule("blocks.{i}.pos_embed", "stages.0.pools.{i}.table"),
-    rule("blocks.{i}.norm1.*", f"{OURS}.mixer.norm.*"),
-    rule("blocks.{i}.attn.*", f"{OURS}.mixer.inner.*"),
-    rule("blocks.{i}.norm2.*", f"{OURS}.channel.norm.*"),
-    rule("blocks.{i}.mlp.*", f"{OURS}.channel.inner.*"),
-    rule("norm.*", "norm.*"),
-    rule("head.*", "head.*"),
-)}
+KEYS = {"authors": keymap(rule("blocks.{i}.pos_embed", "stages.0.pools.{i}.table"), *plain_rules())}
 
 
 def settings(state: State, layout: str) -> dict[str, Any]:

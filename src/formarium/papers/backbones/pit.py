@@ -29,9 +29,10 @@ from ...parts.channel import Mlp, linear
 from ...parts.embed import PatchEmbed, to_map, to_tokens
 from ...parts.position import AbsolutePosition
 from ...parts.residual import PreNorm
-from ...skeletons.backbone import Backbone, Stage
-from ...weights.adapt import Change, refit_classifier, refit_map
+from ...skeletons.backbone import Stage
+from ...weights.adapt import Change, refit_map
 from ...weights.keys import Assumed, Op, Options, Passed, State, as_preset, count, keymap, rule, told_ratio
+from .deit import TwoHeads
 
 CARD = Card(
     title="Rethinking Spatial Dimensions of Vision Transformers",
@@ -106,7 +107,7 @@ class TokenPooling(Resample):
         return x, replace(ctx, grid=(grid.shape[2], grid.shape[3]))
 
 
-class PiT(Backbone):
+class PiT(TwoHeads):
     """images (B, in_chans, H, W) -> logits (B, num_classes); sides are a multiple of `stride` plus what patches overlap.
 
     distilled: a second token and classifier; then training gives both logits, (class, distillation).
@@ -133,23 +134,6 @@ class PiT(Backbone):
         for token in (embed.cls, embed.registers):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """New classifiers of both tokens; with 0 classes a distilled model gives the mean of the two tokens."""
-        if self.distilled:
-            super().reset_classifier(num_classes)
-            self.head_dist = self.head
-        super().reset_classifier(num_classes)
-
-    def refit(self, name: str, tensor: Tensor | None, was: Backbone) -> Change | None:
-        return super().refit(name, tensor, was) or refit_classifier(self, name, was, "head_dist")
-
-    def forward(self, batch: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"] | tuple[Float[Tensor, "b k"], ...]:
-        if not self.distilled:
-            return super().forward(batch)
-        x, _ = self.encode(*self.embed(batch))
-        answers = self.head(x[:, 0]), self.head_dist(x[:, 1])
-        return answers if self.training else (answers[0] + answers[1]) / 2
 
 
 TINY = spec(PiT, dims=(64, 128, 256))

@@ -41,6 +41,7 @@ from ...parts.residual import PreNorm
 from ...skeletons.backbone import Backbone, Stage
 from ...weights.adapt import Change, fold_channels, refit_kernel
 from ...weights.keys import Assumed, State, as_preset, count, keymap, rule, told_ratio
+from .vit import OURS, plain_rules
 
 NORM = spec(LayerNorm, eps=1e-5)
 
@@ -262,8 +263,6 @@ PRESETS = {
     "14_wide": BASE.but(dim=768, depth=4, heads=12),
 }
 
-OURS = "stages.0.layers.{i}"
-
 
 def _token_rules(theirs: str, ours: str) -> list[Any]:
     """Both kinds have `proj` and an MLP, under other names; so these go with what only one kind has."""
@@ -277,18 +276,11 @@ def _token_rules(theirs: str, ours: str) -> list[Any]:
 
 
 KEYS = {"authors": keymap(
-    rule("cls_token", "embedding.cls"),
-    rule("pos_embed", "embedding.position.table"),
     *[r for n in range(4) for r in _token_rules(f"tokens_to_token.attention{n + 1}", f"embedding.layers.{n}")],
     *[rule(f"tokens_to_token.soft_split{n}.{kind}", f"embedding.layers.{n}.{kind}")
       for n in range(4) for kind in ("weight", "bias")],
     rule("tokens_to_token.project.*", "embedding.project.*"),
-    rule("blocks.{i}.norm1.*", f"{OURS}.mixer.norm.*"),
-    rule("blocks.{i}.attn.*", f"{OURS}.mixer.inner.*"),
-    rule("blocks.{i}.norm2.*", f"{OURS}.channel.norm.*"),
-    rule("blocks.{i}.mlp.*", f"{OURS}.channel.inner.*"),
-    rule("norm.*", "norm.*"),
-    rule("head.*", "head.*"),
+    *plain_rules(),
 )}
 
 
