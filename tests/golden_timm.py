@@ -55,10 +55,16 @@ OURS = {  # timm's name -> preset, changes
     **{f"deit3_{size}_patch16_224": (f"deit/iii_{size}", {}) for size in ("small", "medium", "base", "large")},
     **{f"deit3_{size}_patch16_384": (f"deit/iii_{size}_384", {}) for size in ("small", "base", "large")},
     "deit3_huge_patch14_224": ("deit/iii_huge_p14", {}),
+    **{f"twins_{kind}_{size}": (f"twins/{kind}_{size}", {})
+       for kind in ("svt", "pcpvt") for size in ("small", "base", "large")},
+    **{f"vit_{size}_224": (f"three_things/{size.replace('_patch16', '')}", {"position_first": False})
+       for size in ("small_patch16_18x2", "base_patch16_18x2", "small_patch16_36x1")},
 }
+TWO_SYSTEMS = {f"twins_svt_{size}": "polyvit" for size in ("small", "base", "large")}  # with the same tensors
 READ = ("vit_tiny_patch16_224", HYBRID, "swin_tiny_patch4_window7_224", "poolformer_s12", "cait_xxs24_224",
         "tnt_s_patch16_224", "tnt_s_legacy_patch16_224", "crossvit_9_dagger_240", "crossvit_tiny_240", "pit_ti_224",
-        "pit_ti_distilled_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224")
+        "pit_ti_distilled_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "twins_svt_small",
+        "twins_pcpvt_small", "vit_small_patch16_18x2_224")
 
 
 def in_their_names(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 from formarium.core.build import create_model
 from formarium.core.registry import systems
 from formarium.weights.detect import detect
-from golden_timm import FACTS, OURS, READ, in_their_names
+from golden_timm import FACTS, OURS, READ, TWO_SYSTEMS, in_their_names
 
 RECORDED = json.loads(gzip.decompress(FACTS.read_bytes()))
 
@@ -37,6 +37,9 @@ def test_names_and_shapes(theirs):
         state = {k: torch.empty(shape) for k, shape in RECORDED["models"][theirs].items()}
     written = in_their_names(name, model)
     assert {k: list(v.shape) for k, v in written.items()} == RECORDED["models"][theirs]
-    best = detect(state)[0]
+    best, *others = detect(state)
+    if theirs in TWO_SYSTEMS:  # a name must say which
+        assert {best.system, others[0].system} == {name.split("/")[0], TWO_SYSTEMS[theirs]}
+        best = next(found for found in (best, *others) if found.system == name.split("/")[0])
     assert (best.system, best.layout, best.fit.error) == (name.split("/")[0], "timm", None)
     assert (best.fit.plan.name, best.fit.plan.changes) == (name, changes)
