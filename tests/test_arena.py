@@ -423,6 +423,8 @@ def test_list_and_show():
     shown = json.loads(formarium("show", "swin/tiny", "--json").stdout)
     assert shown["measured"][0]["params"] == pytest.approx(28.29e6, rel=0.01)
     assert "28.3 M" in formarium("show", "swin/tiny").stdout
+    assert "fm.pretrain('bert/nano', 'bert', task=...)" in formarium("show", "bert").stdout  # an objective beside models
+    assert "fm.apply(model, 'hvt')" in formarium("show", "hvt").stdout
 
 
 def test_compare_and_train_on_the_command_line(tmp_path):

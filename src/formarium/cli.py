@@ -149,8 +149,10 @@ def show(name: Annotated[str, typer.Argument(help="A system, or system/preset.")
     out().print("\nUse it:\n  import formarium as fm", markup=False)
     if rows:
         out().print(f"  model = fm.create_model('{entry.name}/{only or next(iter(c.variants))}')", markup=False)
-    if c.kind in METHODS:
-        out().print(f"  {METHODS[c.kind].format(entry.name, c.hosts[0])}", markup=False)
+    host = next(iter(c.hosts or [f"{entry.name}/{v}" for v in c.variants]), "")
+    for kind, exported in {"transform": "TRANSFORM", "objective": "OBJECTIVE", "explanation": "METHODS"}.items():
+        if hasattr(entry.module, exported):
+            out().print(f"  {METHODS[kind].format(entry.name, host)}", markup=False)
     if entry.is_part:
         for host in c.hosts:
             out().print(f"  model = fm.create_model({host!r}, {c.kind}={entry.name!r})", markup=False)
