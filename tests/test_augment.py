@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,18 @@ def test_erasing():
         assert rows.sum() == rows.nonzero().max() - rows.nonzero().min() + 1
     assert torch.equal(erase(x, 0.0, generator(0, 0)), x)
     assert (erase(x, 1.0, generator(0, 0)) != 7).any((1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("levels", [256, 7, 1])
+def test_equalize_is_pillows(levels):
+    from PIL import Image, ImageOps
+
+    x = (images(3, 3, 40, 30).float() / 256 * levels).floor() ** 2 / max(1, levels - 1) ** 2 * 255
+    x = x.round()
+    out = OPERATIONS["equalize"](x, torch.ones(3))
+    for before, after in zip(x, out, strict=True):
+        theirs = ImageOps.equalize(Image.fromarray(before.permute(1, 2, 0).to(torch.uint8).numpy()))
+        assert torch.equal(after, torch.from_numpy(np.array(theirs)).permute(2, 0, 1).float())
 
 
 @pytest.mark.parametrize("channels", [1, 3])

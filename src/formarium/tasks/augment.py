@@ -105,6 +105,15 @@ def _stretched(x: Tensor) -> Tensor:
     return (x - low) * 255 / (high - low).clamp_min(1)
 
 
+def _equalized(x: Tensor) -> Tensor:
+    """Values of a channel spread so that all become about as frequent, in Pillow's arithmetic."""
+    values = x.round().long().flatten(2).flatten(0, 1)
+    counts = torch.zeros(len(values), 256, dtype=torch.long).scatter_add_(1, values, torch.ones_like(values))
+    step = (values.shape[1] - counts.gather(1, values.amax(1, keepdim=True))) // 255
+    table = ((step // 2 + counts.cumsum(1) - counts) // step.clamp_min(1)).clamp_max(255)
+    return torch.where(step > 0, table.gather(1, values), values).view_as(x).to(x)
+
+
 def _posterized(x: Tensor, m: Tensor) -> Tensor:
     step = 2.0 ** (4 + (4 * m.abs()).floor())[:, None, None, None]  # 4 bits are left at least, 0 at most strength
     return (x / step).floor() * step
@@ -133,6 +142,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (images, streng
     "solarize_add": _dark_up,
     "invert": lambda x, m: 255 - x,
     "autocontrast": lambda x, m: _stretched(x),
+    "equalize": lambda x, m: _equalized(x),
 }
 
 

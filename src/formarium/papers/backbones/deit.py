@@ -11,10 +11,9 @@ recipe of augmentation and regularisation (table 9): `formarium train deit/tiny 
 Decisions: without a teacher both classifiers learn from the labels. Soft distillation divides the divergence by images and
 classes, as the authors' code has it; `by_image` divides it by images, as Eq. 2 is read; its temperature is 1 unless given,
 as in the code. A model with one classifier is taught the usual way, both terms on the same logits. The recipe leaves the
-learning rate (theirs: 5e-4 * batch / 512) and the clipping of gradients (theirs: none) to the caller; of RandAugment's 15
-operations it lacks equalize. The layers are ViT's, so the plain presets are ViT itself. Those called iii are from DeiT III
-(arXiv 2204.07118): layer scale, positions of the patches alone; its constant drop rate is
-residual="pre_norm(even_drop=true)".
+learning rate (theirs: 5e-4 * batch / 512) and the clipping of gradients (theirs: none) to the caller. The layers are ViT's,
+so the plain presets are ViT itself. Those called iii are from DeiT III (arXiv 2204.07118): layer scale, positions of the
+patches alone; its constant drop rate is residual="pre_norm(even_drop=true)".
 """
 
 from collections.abc import Sequence
