@@ -28,6 +28,8 @@ Steps = Annotated[int | None, typer.Option(help="Budget: optimiser steps of a ru
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the results; the same call resumes it.")]
 Init = Annotated[Path | None, typer.Option("--init", help="Start from this file's weights; the head is new.")]
 Seconds = Annotated[float | None, typer.Option(help="Budget: seconds of training of a run.")]
+BatchSize = Annotated[int | None, typer.Option(help="Samples in a batch (default 64, or the recipe's).")]
+Decay = Annotated[float | None, typer.Option(help="Weight decay (default 0.05, or the recipe's).")]
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A published way to train, by name: deit.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE",
                                                help="A field of the recipe without an option here: ema=0.999, "
@@ -208,7 +210,7 @@ def compare(
     flops: Flops = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     lr: Annotated[list[float] | None, typer.Option(help="Of several, each model keeps its best.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 64,
+    batch_size: BatchSize = None,
     recipe: RecipeName = None,
     settings: Set = None,
     folder: Out = None,
@@ -274,8 +276,8 @@ def train(
     flops: Flops = None,
     lr: Annotated[float, typer.Option()] = 1e-3,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option()] = 64,
-    weight_decay: Annotated[float, typer.Option()] = 0.05,
+    batch_size: BatchSize = None,
+    weight_decay: Decay = None,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
     compiled: Annotated[bool, typer.Option("--compile")] = False,
@@ -410,8 +412,8 @@ def pretrain(
     flops: Flops = None,
     lr: Annotated[float, typer.Option()] = 1e-3,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option()] = 64,
-    weight_decay: Annotated[float, typer.Option()] = 0.05,
+    batch_size: BatchSize = None,
+    weight_decay: Decay = None,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     grad_checkpointing: Annotated[bool, typer.Option("--grad-checkpointing")] = False,
     init: Init = None,
