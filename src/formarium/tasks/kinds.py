@@ -54,7 +54,9 @@ class TokenKinds(Task):
             if len(self.text[split]) <= context:
                 raise BadData(f"a context of {context} bytes is too long: there are {len(self.text[split])} bytes "
                               f"of source for {split}; give a smaller context=")
-        self.info = DataInfo(*texts.stdlib().origin[:3], {s: len(t) // context * context for s, t in self.text.items()},
+        title, source, licence, _ = texts.stdlib().origin
+        self.info = DataInfo(f"Kinds of tokens in {title}", source, licence,
+                             {s: len(t) // context * context for s, t in self.text.items()},
                              f"files of ASCII below {LARGEST} bytes; the kinds are those of Python's own tokenize")
 
     def model_options(self) -> dict[str, Any]:
