@@ -110,6 +110,7 @@ def test_distilled():
     model.reset_classifier(0)
     tokens = model.forward_features(batch)
     assert_close(model(batch), (tokens[:, 0] + tokens[:, 1]) / 2)
+    assert_close(model.train()(batch), model.eval()(batch))
     model.reset_classifier(3)
     assert model(batch).shape == (2, 3)
     assert model.head is not model.head_dist
