@@ -320,7 +320,8 @@ def _regex(name: str) -> str:
 
 def no_match(found: list[Candidate], state: State) -> BadCheckpoint:
     """What to say of tensors that are of no system: the nearest, with how much matches."""
-    near = [c for c in found if c.tensors > 0.05][:3]
+    first = {c.system: c for c in reversed(found)}  # of each system the nearest layout
+    near = [c for c in found if c.tensors > 0.05 and first[c.system] is c][:3]
     if not near:
         return BadCheckpoint(f"these {len(state)} tensors, e.g. {', '.join(list(state)[:2])}, resemble none of the "
                              f"{len(systems())} systems; formarium list names them")
