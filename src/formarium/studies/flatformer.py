@@ -90,7 +90,7 @@ STUDY = Study(
     task="points",
     recipe={"steps": 120, "batch_size": 32},
     lrs=(3e-3,),
-    seeds=5,
+    seeds=3,
     decides=Decides("seconds_a_sweep", better="lower", by="ratio", at_least=1 / 3, unit="s"),
     prepare=in_turns,
     measure=speed_and_accuracy,
