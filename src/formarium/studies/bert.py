@@ -2,7 +2,8 @@
 
 The task: which kind of token (name, string, comment, ...) is each byte of Python source part of? Pre-training sees other
 source, without labels. The arms are equal in steps of fine-tuning; a last one, from chance, trains for as many steps as
-pre-training and fine-tuning together, and is shown.
+pre-training and fine-tuning together, and is shown. In a first run pre-training at a rate of 3e-3 got stuck at the
+frequencies of bytes, and fine-tuning from there failed (34 % against 69 %); with 1e-3 a trial of another seed learned.
 """
 
 from ..arena.study import Cell, Decides, Seed, Study
@@ -12,7 +13,7 @@ CONTEXT, PRETRAINING, TUNING = 64, 1000, 200  # bytes, steps
 
 
 def pretrain(seed: Seed) -> None:
-    seed.pretrain("bert", HOST, task=seed.get_task("stdlib", context=CONTEXT), steps=PRETRAINING, lr=3e-3)
+    seed.pretrain("bert", HOST, task=seed.get_task("stdlib", context=CONTEXT), steps=PRETRAINING, lr=1e-3)
 
 
 def tune(cell: Cell) -> dict[str, float]:

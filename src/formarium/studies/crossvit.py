@@ -37,7 +37,7 @@ STUDY = Study(
     task_options={"augment": False},
     recipe={"steps": 160, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=5,
+    seeds=3,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.008),
     published="ImageNet top-1 of CrossViT-S: 81.0 % with cross-attention, 80.2 % without fusion (quoted from memory)",
     scale="240 thousand parameters in two stages, half a pass over 9,000 images of 32x32 pixels, against 27 M in "

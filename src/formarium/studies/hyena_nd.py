@@ -19,7 +19,7 @@ STUDY = Study(
     task_options={"augment": False},
     recipe={"steps": 120, "batch_size": 32},
     lrs=(1e-3, 3e-3),
-    seeds=5,
+    seeds=3,
     decides=Decides("accuracy", better="higher", by="difference", at_least=0.01),
     published="Better accuracy on CIFAR-10, CIFAR-100 and Tiny-ImageNet than the same ViT with attention; the numbers were "
               "not looked up",

@@ -59,7 +59,7 @@ STUDY = Study(
     task="cifar10",
     recipe={"steps": 300, "batch_size": 32, "weight_decay": 0.03, "schedule": "rsqrt", "timescale": 0.1, "cooldown": 0.3},
     lrs=(3e-3,),
-    seeds=5,
+    seeds=3,
     decides=Decides("few_shot_accuracy", better="higher", by="difference", at_least=0.01),
     data=("mnist5k",),
     measure=transfer,
